@@ -1,0 +1,282 @@
+"""Files read and written in large aligned blocks, past the page cache where the file system allows.
+
+Direct I/O is several times faster here than going through the page cache, and leaves no trace in
+it; where it is refused (tmpfs, some network file systems) ordinary reads and writes take over.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import queue
+import threading
+import zlib
+from typing import TYPE_CHECKING
+
+from gptoss_convert.errors import CheckpointError
+from gptoss_convert.scratch import PAGE, page_aligned, round_up
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from gptoss_convert.scratch import Scratch
+
+SLOT = 8 << 20
+SLOTS = 3
+WRITER_BYTES = SLOT * SLOTS
+_DIRECT = getattr(os, "O_DIRECT", 0)
+_CACHED_ONLY = getattr(os, "RWF_NOWAIT", 0)
+
+
+def _buffer(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.numpy())  # type: ignore[arg-type]
+
+
+class BlockReader:
+    """Reads byte ranges of one file. Safe to use from several threads."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._cached = os.open(path, os.O_RDONLY)
+        try:
+            self._direct = os.open(path, os.O_RDONLY | _DIRECT)
+        except OSError:
+            self._direct = os.dup(self._cached)
+
+    def read(self, offset: int, nbytes: int, scratch: Scratch) -> Tensor:
+        """``nbytes`` bytes at ``offset`` as a uint8 tensor in memory of ``scratch``.
+
+        Raises:
+            CheckpointError: if the file ends before that.
+
+        """
+        start = offset // PAGE * PAGE
+        block = scratch.take(round_up(offset + nbytes) - start)
+        wanted = offset + nbytes - start
+        view = _buffer(block)
+        got = self._from_cache(view, start)
+        while got < wanted:
+            got = got // PAGE * PAGE
+            count = self._past_cache(view[got:], start + got)
+            if count == 0:
+                raise CheckpointError(
+                    f"{self.path}: ends before byte {offset + nbytes}; the file is cut short, "
+                    f"fetch it again"
+                )
+            got += count
+        return block[offset - start : wanted]
+
+    def peek(self, offset: int, nbytes: int) -> bytes:
+        """A few bytes, by an ordinary read; fewer than asked for at the end of the file."""
+        return os.pread(self._cached, nbytes, offset)
+
+    def _from_cache(self, view: memoryview, offset: int) -> int:
+        """Take what the page cache already holds; it is free."""
+        if not _CACHED_ONLY:
+            return 0
+        try:
+            return os.preadv(self._cached, [view], offset, _CACHED_ONLY)
+        except OSError:  # nothing cached, or a file system that cannot tell
+            return 0
+
+    def _past_cache(self, view: memoryview, offset: int) -> int:
+        try:
+            return os.preadv(self._direct, [view], offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return os.preadv(self._cached, [view], offset)
+
+    def __del__(self) -> None:
+        for name in ("_cached", "_direct"):
+            if (fd := self.__dict__.get(name)) is not None:
+                os.close(fd)
+
+
+class BlockWriter:
+    """Writes one file from front to back, then puts it in place durably.
+
+    Bytes are gathered in a ring of aligned slots that a thread of its own writes out, so that
+    making and writing overlap. The file stands under ``PATH.part`` until ``close``.
+
+    Args:
+        path: final name.
+        nbytes: how long the file will be; space is reserved at once.
+
+    Attributes:
+        position: bytes taken so far.
+
+    """
+
+    def __init__(self, path: Path, nbytes: int) -> None:
+        self.position = 0
+        self._path = path
+        self._part = path.with_name(path.name + ".part")
+        self._fd = self._open()
+        try:
+            os.posix_fallocate(self._fd, 0, max(round_up(nbytes), PAGE))
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENODEV):
+                os.close(self._fd)
+                self._part.unlink(missing_ok=True)
+                raise
+        self._slots = [page_aligned(SLOT) for _ in range(SLOTS)]
+        self._views = [_buffer(slot) for slot in self._slots]
+        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for index in range(SLOTS):
+            self._free.put(index)
+        self._full: queue.SimpleQueue[tuple[int, int, int] | None] = queue.SimpleQueue()
+        self._slot = self._free.get()
+        self._fill = 0
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._drain, name=f"write {path.name}", daemon=True)
+        self._thread.start()
+
+    def _open(self) -> int:
+        flags = os.O_CREAT | os.O_WRONLY | os.O_TRUNC
+        try:
+            return os.open(self._part, flags | _DIRECT, 0o644)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return os.open(self._part, flags, 0o644)
+
+    def append_bytes(self, data: bytes | memoryview) -> None:
+        """Take bytes."""
+        view = memoryview(data).cast("B")
+        while len(view):
+            count = min(SLOT - self._fill, len(view))
+            self._views[self._slot][self._fill : self._fill + count] = view[:count]
+            self._advance(count)
+            view = view[count:]
+
+    def append(self, tensor: Tensor, checksum: int = 0) -> int:
+        """Take a tensor's elements in row-major order, whatever its strides.
+
+        Returns:
+            The running CRC-32 of the bytes, continued from ``checksum``.
+
+        """
+        import torch
+
+        if tensor.is_contiguous():
+            return self._append_flat(tensor.reshape(-1).view(torch.uint8), checksum)
+        row_bytes = tensor[0].numel() * tensor.element_size()
+        if tensor.dim() == 1 or row_bytes > SLOT or self._fill % tensor.element_size():
+            parts = (tensor.contiguous(),) if tensor.dim() == 1 else tensor.unbind(0)
+            for part in parts:
+                checksum = self.append(part.contiguous() if part.dim() == 1 else part, checksum)
+            return checksum
+        return self._append_rows(tensor, row_bytes, checksum)
+
+    def _append_flat(self, data: Tensor, checksum: int) -> int:
+        done = 0
+        while done < data.numel():
+            count = min(SLOT - self._fill, data.numel() - done)
+            self._slots[self._slot][self._fill : self._fill + count].copy_(
+                data[done : done + count]
+            )
+            checksum = self._take(count, checksum)
+            done += count
+        return checksum
+
+    def _append_rows(self, tensor: Tensor, row_bytes: int, checksum: int) -> int:
+        """As many whole rows at a time as the slot has room for; a row across slots by itself."""
+        done, rows = 0, tensor.shape[0]
+        while done < rows:
+            count = min((SLOT - self._fill) // row_bytes, rows - done)
+            if count == 0:
+                checksum = self.append(tensor[done].contiguous(), checksum)
+                done += 1
+                continue
+            room = self._slots[self._slot][self._fill : self._fill + count * row_bytes]
+            room.view(tensor.dtype).view(count, *tensor.shape[1:]).copy_(
+                tensor[done : done + count]
+            )
+            checksum = self._take(count * row_bytes, checksum)
+            done += count
+        return checksum
+
+    def _take(self, count: int, checksum: int) -> int:
+        """Account for ``count`` bytes just put into the slot."""
+        checksum = zlib.crc32(self._views[self._slot][self._fill : self._fill + count], checksum)
+        self._advance(count)
+        return checksum
+
+    def _advance(self, count: int) -> None:
+        self._fill += count
+        self.position += count
+        if self._fill == SLOT:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        if self._error:
+            raise self._error
+        self._full.put((self._slot, self._fill, self.position - self._fill))
+        self._slot, self._fill = self._free.get(), 0
+
+    def _drain(self) -> None:
+        while (job := self._full.get()) is not None:
+            slot, count, offset = job
+            try:
+                if self._error is None:
+                    self._write(self._views[slot][: round_up(count)], offset)
+            except OSError as error:
+                self._error = error
+            self._free.put(slot)
+
+    def _write(self, view: memoryview, offset: int) -> None:
+        while len(view):
+            count = os.pwrite(self._fd, view, offset)
+            view, offset = view[count:], offset + count
+
+    def close(self) -> None:
+        """Write what is left, sync, and rename to the final name."""
+        try:
+            if self._fill:
+                self._hand_over()
+            self._stop()
+            if self._error:
+                raise self._error
+            os.ftruncate(self._fd, self.position)
+            os.fsync(self._fd)
+        except BaseException:
+            self.abort()
+            raise
+        os.close(self._fd)
+        self._part.rename(self._path)
+        sync_folder(self._path.parent)
+
+    def abort(self) -> None:
+        """Leave nothing behind."""
+        self._stop()
+        os.close(self._fd)
+        self._part.unlink(missing_ok=True)
+
+    def _stop(self) -> None:
+        if self._thread.is_alive():
+            self._full.put(None)
+            self._thread.join()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new files in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file durably: beside its final name, synced, then renamed."""
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(part, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)
+    sync_folder(path.parent)

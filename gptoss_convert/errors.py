@@ -1,0 +1,73 @@
+"""The exception tree. Each class carries the exit code of the command line."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+MOST_SHOWN = 20
+
+
+class ConvertError(Exception):
+    """A problem the user can do something about; its text is one clear sentence."""
+
+    exit_code = 1
+
+
+class UsageError(ConvertError):
+    """The command line asks for something that makes no sense."""
+
+    exit_code = 2
+
+
+class MismatchError(ConvertError):
+    """Two checkpoints that should be equal are not."""
+
+    exit_code = 3
+
+
+class ResourceError(ConvertError):
+    """Not enough disk or memory."""
+
+    exit_code = 4
+
+
+class IncompleteError(ConvertError):
+    """The work stopped part of the way; running the same command again goes on from there."""
+
+    exit_code = 5
+
+
+class PluginError(ConvertError):
+    """A plugin broke its contract, or several answer where one must."""
+
+
+class CheckpointError(ConvertError):
+    """A checkpoint cannot be read: missing, damaged, or not what it claims to be."""
+
+
+class ConfigError(CheckpointError):
+    """A model's config lacks a field, or holds a value the conversion cannot carry."""
+
+
+class PlanError(CheckpointError):
+    """A checkpoint does not fit its model's mapping table.
+
+    Attributes:
+        problems: every misfit, sorted, each ``<tensor>: <what is wrong>; <what to do>``.
+
+    """
+
+    def __init__(self, where: str, problems: Iterable[str]) -> None:
+        self.problems = tuple(sorted(set(problems)))
+        super().__init__(self._text(where))
+
+    def _text(self, where: str) -> str:
+        if len(self.problems) == 1:
+            return f"{where}: {self.problems[0]}"
+        lines = [f"{where}: {len(self.problems)} problems", *self.problems[:MOST_SHOWN]]
+        if (rest := len(self.problems) - MOST_SHOWN) > 0:
+            lines.append(f"... and {rest} more")
+        return "\n  ".join(lines)

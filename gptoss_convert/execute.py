@@ -1,0 +1,285 @@
+"""Running a plan: read ahead, decode, rewrite, write; groups side by side, memory bounded."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gptoss_convert.dtypes import torch_dtype
+from gptoss_convert.errors import ConvertError, MismatchError, ResourceError
+from gptoss_convert.plan import ConversionPlan, Group, Step, step_bytes_in
+from gptoss_convert.scratch import PAGE, Scratch
+from gptoss_convert.staging import human
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gptoss_convert.fit import Input
+    from gptoss_convert.types import GroupWriter, TensorSink, TensorSource, Validator
+
+DEFAULT_MAX_MEMORY = 1 << 30
+PIECE_BYTES = 32 << 20  # of output; larger pieces win nothing
+Progress = Callable[[int], None]
+
+
+def default_workers() -> int:
+    """Groups written side by side if the user does not say: one per core, four at most."""
+    return min(4, len(os.sched_getaffinity(0)))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How a plan is cut so that it fits the memory.
+
+    Attributes:
+        workers: groups written side by side.
+        per_worker: bytes that one worker may hold, its write buffers left out.
+        in_flight: upper bound of the bytes all workers hold together.
+
+    """
+
+    workers: int
+    per_worker: int
+    in_flight: int
+
+
+def make_budget(sink: TensorSink, workers: int, max_memory: int) -> Budget:
+    """Divide ``max_memory`` bytes among at most ``workers`` workers.
+
+    Raises:
+        ResourceError: if not even one worker could hold the largest step's smallest piece.
+
+    """
+    steps = [step for group in sink.groups for step in group.steps]
+    least = max((_cost(step, 1), step.outputs[0].name) for step in steps)
+    need = least[0] + sink.buffer_bytes
+    if need > max_memory:
+        raise ResourceError(
+            f"--max-memory {human(max_memory)} is too little: {least[1]} needs "
+            f"{human(need)}; give at least that much"
+        )
+    workers = max(1, min(workers, len(sink.groups), max_memory // need))
+    share = max_memory // workers - sink.buffer_bytes
+    largest = max(_cost(step, _units_per_piece(step, share)) for step in steps)
+    return Budget(workers, share, workers * (largest + sink.buffer_bytes))
+
+
+def _cost(step: Step, units: int) -> int:
+    """Bytes held while ``units`` of a step are at work: two sets of input, one being read ahead,
+    the decoded tensor, and the rewritten one (which is often a view, but need not be).
+    """
+    decoded = sum(i.spec.nbytes for i in step.inputs if i.codec)
+    slack = 4 * PAGE * sum(len(i.parts) for i in step.inputs)
+    return (2 * step_bytes_in(step) + decoded + step.nbytes) * units // step.units + slack
+
+
+def _units_per_piece(step: Step, share: int) -> int:
+    wanted = max(1, PIECE_BYTES * step.units // max(1, step.nbytes))
+    fitting = max(1, share // max(1, _cost(step, 1)))
+    return min(step.units, wanted, fitting)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Units ``[start, stop)`` of a step."""
+
+    step: Step
+    start: int
+    stop: int
+
+    def rows(self, size: int) -> slice:
+        """The piece's part of a dim 0 of ``size``."""
+        each = size // self.step.units
+        return slice(self.start * each, self.stop * each)
+
+
+def _pieces(group: Group, budget: Budget) -> Iterator[_Piece]:
+    for step in group.steps:
+        size = _units_per_piece(step, budget.per_worker)
+        for start in range(0, step.units, size):
+            yield _Piece(step, start, min(start + size, step.units))
+
+
+class Executor:
+    """Runs one plan.
+
+    Args:
+        plan: what to do.
+        source: where tensors come from.
+        sink: where they go.
+        validators: those of stage ``tensor`` see every piece.
+        progress: called with the bytes of output just finished, from any thread.
+
+    """
+
+    def __init__(
+        self,
+        plan: ConversionPlan,
+        source: TensorSource,
+        sink: TensorSink,
+        validators: Iterable[Validator] = (),
+        progress: Progress = lambda nbytes: None,
+    ) -> None:
+        self._plan, self._source, self._sink = plan, source, sink
+        self._validators = [v for v in validators if v.stage == "tensor"]
+        self._progress = progress
+        self._stop = threading.Event()
+
+    def run(self, budget: Budget) -> None:
+        """Write every group that is not done yet.
+
+        Raises:
+            ConvertError, OSError: the first problem of any worker; the others stop at their next
+                piece, and finished groups stay.
+
+        """
+        import torch
+
+        todo: list[Group] = []
+        for group in self._sink.groups:
+            if self._sink.done(group):
+                self._progress(group.nbytes)
+            else:
+                todo.append(group)
+        before = torch.get_num_threads()
+        torch.set_num_threads(max(1, before // budget.workers))
+        try:
+            with ThreadPoolExecutor(budget.workers, "convert") as pool:
+                self._run_groups(pool, todo, budget)
+        finally:
+            torch.set_num_threads(before)
+
+    def _run_groups(self, pool: ThreadPoolExecutor, todo: Sequence[Group], budget: Budget) -> None:
+        local = threading.local()
+        jobs = [pool.submit(self._run_group, group, budget, local) for group in todo]
+        try:
+            for job in wait(jobs, return_when=FIRST_EXCEPTION).done:
+                job.result()
+        finally:
+            self._stop.set()
+            for job in jobs:
+                job.cancel()
+
+    def _run_group(self, group: Group, budget: Budget, local: threading.local) -> None:
+        if self._stop.is_set():
+            return
+        memory = local.__dict__.setdefault("memory", (Scratch(), Scratch()))
+        writer = self._sink.open(group)
+        try:
+            for piece, stored in self._read_ahead(list(_pieces(group, budget)), memory):
+                if self._stop.is_set():
+                    writer.abort()
+                    return
+                self._convert(piece, stored, writer)
+        except BaseException:
+            writer.abort()
+            raise
+        writer.close()
+
+    def _read_ahead(
+        self, pieces: Sequence[_Piece], memory: Sequence[Scratch]
+    ) -> Iterator[tuple[_Piece, _Stored]]:
+        """Each piece with its input, the next one being read meanwhile into the other memory."""
+        with ThreadPoolExecutor(1, "read") as reader:
+            ahead: Future[_Stored] | None = None
+            for index, piece in enumerate(pieces):
+                stored = (ahead or reader.submit(self._read, piece, memory[index % 2])).result()
+                if index + 1 < len(pieces):
+                    later = memory[(index + 1) % 2]
+                    ahead = reader.submit(self._read, pieces[index + 1], later)
+                yield piece, stored
+
+    def _read(self, piece: _Piece, scratch: Scratch) -> _Stored:
+        scratch.reset()
+        parts = [
+            [self._read_part(piece, i, name, scratch) for name, _ in i.parts]
+            for i in piece.step.inputs
+        ]
+        return _Stored(parts, scratch)
+
+    def _read_part(self, piece: _Piece, of: Input, name: str, scratch: Scratch) -> Tensor:
+        rows = piece.rows(of.spec.shape[0]) if of.spec.shape else None
+        if piece.step.units == 1 and of.codec:
+            rows = None
+        return self._source.read(name, rows, scratch)
+
+    def _convert(self, piece: _Piece, stored: _Stored, writer: GroupWriter) -> None:
+        tensors = [
+            self._decode(i, parts, stored.scratch)
+            for i, parts in zip(piece.step.inputs, stored.parts, strict=True)
+        ]
+        op = piece.step.rule.op
+        if self._plan.direction == "import":
+            made: Sequence[Tensor] = (op.forward(tensors),)
+        else:
+            _require_equal(piece.step.inputs, tensors)
+            made = op.inverse(tensors[0])
+        for output, tensor in zip(piece.step.outputs, made, strict=True):
+            rows = piece.rows(output.spec.shape[0]) if output.spec.shape else slice(0, 1)
+            if tensor.numel() * piece.step.units != output.spec.numel * (piece.stop - piece.start):
+                raise ConvertError(
+                    f"{output.name}: {op} made {list(tensor.shape)} for rows {rows.start} to "
+                    f"{rows.stop} of {output.spec}; the op is wrong, report it to its plugin"
+                )
+            tensor = cast(tensor, self._plan.dtype, output.name)
+            self._validate(output.name, rows, tensor)
+            writer.write(output.name, rows, tensor)
+            self._progress(tensor.numel() * tensor.element_size())
+
+    def _decode(self, of: Input, parts: Sequence[Tensor], scratch: Scratch) -> Tensor:
+        if of.codec is None:
+            return parts[0]
+        whole = of.spec.shape[0] if of.spec.shape else 1
+        share = of.spec.nbytes
+        if of.codec.sliceable and of.spec.shape:
+            share = share // whole * parts[0].shape[0]
+        out = scratch.take(share).view(torch_dtype(of.spec.dtype))
+        return of.codec.decode(parts, out)
+
+    def _validate(self, name: str, rows: slice, tensor: Tensor) -> None:
+        for validator in self._validators:
+            for finding in validator.check(self._plan, name, rows, tensor):
+                if finding.severity == "error":
+                    raise ConvertError(f"{finding.where}: {finding.what}; {finding.remedy}")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Input of a piece as stored: per input its parts, and the memory they lie in."""
+
+    parts: list[list[Tensor]]
+    scratch: Scratch
+
+
+def _require_equal(inputs: Sequence[Input], tensors: Sequence[Tensor]) -> None:
+    """A tensor that is stored under several names must be the same under each."""
+    import torch
+
+    for other, tensor in zip(inputs[1:], tensors[1:], strict=True):
+        if not torch.equal(tensors[0], tensor):
+            raise MismatchError(
+                f"{inputs[0].name} and {other.name} are two names of one tensor, and their "
+                f"values differ; remove the stale one"
+            )
+
+
+def cast(tensor: Tensor, dtype: str, name: str) -> Tensor:
+    """Round to ``dtype`` (to nearest, ties to even); exact when ``dtype`` is wider.
+
+    Raises:
+        ConvertError: if a finite value would become infinite.
+
+    """
+    wanted = torch_dtype(dtype)
+    if tensor.dtype == wanted:
+        return tensor
+    rounded = tensor.to(wanted)
+    if wanted.itemsize <= tensor.dtype.itemsize and bool((rounded.isinf() & ~tensor.isinf()).any()):
+        raise ConvertError(
+            f"{name}: holds values too large for {dtype}; choose a wider type (bfloat16 or float32)"
+        )
+    return rounded

@@ -1,0 +1,155 @@
+"""Every hook a plugin may implement. This is the first file to read when writing a plugin.
+
+A plugin is a module (or object) named in the entry-point group ``gptoss_convert``::
+
+    [project.entry-points.gptoss_convert]
+    mymodel = "my_package.my_module"
+
+Each hook yields frozen records from :mod:`gptoss_convert.types`. Hook modules import only
+``gptoss_convert`` and ``click`` at the top; torch and the like belong inside the callbacks, so
+that ``gptoss-convert --help`` stays fast. docs/plugins.md builds a whole plugin on one page.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import click
+
+    from gptoss_convert.types import (
+        Codec,
+        Format,
+        ModelFamily,
+        Recipe,
+        Resharder,
+        Validator,
+    )
+
+NAMESPACE = "gptoss_convert"
+hookspec = pluggy.HookspecMarker(NAMESPACE)
+hookimpl = pluggy.HookimplMarker(NAMESPACE)
+
+
+@hookspec
+def gptoss_convert_models() -> Iterable[ModelFamily]:  # type: ignore[empty-body]
+    """Yield the model families this plugin can map.
+
+    Example::
+
+        @hookimpl
+        def gptoss_convert_models():
+            yield ModelFamily(
+                name="tiny-glu",
+                architectures=frozenset({"TinyGluForCausalLM"}),
+                rules=lambda config: [
+                    Rule({"model.norm.weight": (config["hidden_size"],)},
+                         "decoder.final_layernorm.weight"),
+                ],
+                megatron_config=lambda config: {"num_layers": config["num_hidden_layers"]},
+                hf_config=lambda mg: {"num_hidden_layers": mg["num_layers"]},
+            )
+    """
+
+
+@hookspec
+def gptoss_convert_codecs() -> Iterable[Codec]:  # type: ignore[empty-body]
+    """Yield the quantized storage forms this plugin can decode.
+
+    Example::
+
+        @hookimpl
+        def gptoss_convert_codecs():
+            yield Codec(
+                name="int8-rowwise",
+                suffixes=("_int8", "_scale"),
+                matches=lambda config: (
+                    config.get("quantization_config", {}).get("quant_method") == "int8-rowwise"
+                ),
+                spec=lambda parts: TensorSpec(parts[0].shape, "BF16"),
+                decode=lambda parts, out=None: (parts[0].float() * parts[1].float()).bfloat16(),
+            )
+    """
+
+
+@hookspec
+def gptoss_convert_formats() -> Iterable[Format]:  # type: ignore[empty-body]
+    """Yield the ways of storing a checkpoint in a folder that this plugin can read and write.
+
+    Example::
+
+        @hookimpl
+        def gptoss_convert_formats():
+            yield Format(
+                name="one-file",
+                side="megatron",
+                detect=lambda folder: (folder / "weights.bin").is_file(),
+                open=OneFileSource,
+                create=OneFileSink,
+            )
+    """
+
+
+@hookspec
+def gptoss_convert_resharders() -> Iterable[Resharder]:  # type: ignore[empty-body]
+    """Yield ways to cut a Megatron tensor for a parallel layout, and to join the pieces.
+
+    Example::
+
+        @hookimpl
+        def gptoss_convert_resharders():
+            yield Resharder(
+                name="rows",
+                split=lambda tensor, shard, count: tensor.chunk(count, 0),
+                join=lambda pieces, shard: torch.cat(list(pieces), 0),
+            )
+    """
+
+
+@hookspec
+def gptoss_convert_validators() -> Iterable[Validator]:  # type: ignore[empty-body]
+    """Yield checks that run with every conversion.
+
+    Example::
+
+        @hookimpl
+        def gptoss_convert_validators():
+            def small(plan):
+                if plan.parameters > 10**12:
+                    yield Finding("warning", plan.family, "more than 10^12 parameters")
+
+            yield Validator(name="small", stage="plan", check=small)
+    """
+
+
+@hookspec
+def gptoss_convert_recipes() -> Iterable[Recipe]:  # type: ignore[empty-body]
+    """Yield named training configurations.
+
+    Example::
+
+        @hookimpl
+        def gptoss_convert_recipes():
+            yield Recipe("tiny_pretrain", "Runs anywhere", build=lambda **kw: {"seq": 64, **kw})
+    """
+
+
+@hookspec
+def gptoss_convert_commands() -> Iterable[click.Command]:  # type: ignore[empty-body]
+    """Yield click commands to hang below ``gptoss-convert``.
+
+    Example::
+
+        @click.command()
+        def hello():
+            "Say hello."
+            click.echo("hello")
+
+        @hookimpl
+        def gptoss_convert_commands():
+            yield hello
+    """

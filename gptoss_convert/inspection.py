@@ -1,0 +1,60 @@
+"""Describing a checkpoint from its headers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from gptoss_convert.convert import Choice, config_of
+from gptoss_convert.errors import ConvertError, PlanError
+from gptoss_convert.plan import ConversionPlan, make_plan
+
+if TYPE_CHECKING:
+    from gptoss_convert.registry import Registry
+    from gptoss_convert.types import TensorSource
+
+INSPECT_SCHEMA = "gptoss-convert.inspect/1"
+
+
+def inspect_source(source: TensorSource, registry: Registry, choice: Choice) -> dict[str, Any]:
+    """Facts of a checkpoint as plain values; the schema is described in docs/json.md."""
+    specs = source.specs()
+    found = registry.format_of(source.path, name=choice.format)
+    importing = found is not None and found.side == "hf"
+    problems: list[str] = []
+    plan: ConversionPlan | None = None
+    try:
+        source.check()
+    except PlanError as error:
+        problems += error.problems
+    try:
+        config = config_of(source, registry, choice)
+        plan = make_plan(
+            "import" if importing else "export",
+            specs,
+            registry.model_for(config, choice.model),
+            config,
+            where=str(source.path),
+            codec=registry.codec_for(config, choice.codec) if importing else None,
+            known_codecs=registry.codecs().values(),
+        )
+    except PlanError as error:
+        problems += error.problems
+    except ConvertError as error:
+        problems.append(str(error))
+    dtypes = Counter[str]()
+    for spec in specs.values():
+        dtypes[spec.dtype] += spec.nbytes
+    return {
+        "schema": INSPECT_SCHEMA,
+        "path": str(source.path),
+        "format": found.name if found else None,
+        "model": plan.family if plan else None,
+        "parameters": plan.parameters if plan else None,
+        "tensors": len(specs),
+        "bytes": sum(dtypes.values()),
+        "bytes_by_dtype": dict(dtypes.most_common()),
+        "megatron_config": dict(plan.megatron_config) if plan else None,
+        "layout": dict(source.describe()),
+        "problems": problems,
+    }

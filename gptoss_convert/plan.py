@@ -1,0 +1,236 @@
+"""Pure planning: specs and rules in, ConversionPlan out. Nothing here reads or writes a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from gptoss_convert.errors import PlanError
+from gptoss_convert.fit import Direction, Draft, Fitter, Input, house_dtype
+from gptoss_convert.ops import units
+from gptoss_convert.types import Codec, Config, ModelFamily, Rule, TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+PLAN_SCHEMA = "gptoss-convert.plan/1"
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor of the target; ``also`` are further names under which it is written."""
+
+    name: str
+    spec: TensorSpec
+    also: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rule at work on one layer.
+
+    Attributes:
+        rule: the line of the mapping table.
+        layer: which layer, or None outside the layers.
+        inputs: what is read. On export a tensor stored under several names has several inputs,
+            which must be equal.
+        outputs: what is written.
+        units: into how many equal slices of dim 0 the step may be cut.
+
+    """
+
+    rule: Rule
+    layer: int | None
+    inputs: tuple[Input, ...]
+    outputs: tuple[Output, ...]
+    units: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all outputs, each counted once."""
+        return sum(o.spec.nbytes for o in self.outputs)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Steps that are written together, in order; the unit of parallel work and of resuming."""
+
+    name: str
+    steps: tuple[Step, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all outputs."""
+        return sum(step.nbytes for step in self.steps)
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """Everything that will happen, known before the first byte moves.
+
+    Attributes:
+        direction: ``import`` (Hugging Face -> Megatron) or ``export``.
+        family: name of the model family.
+        config: Hugging Face's config of the model.
+        megatron_config: the same model in Megatron's fields.
+        dtype: element type of what is written.
+        steps: in the order they run.
+        dropped: tensors that are not carried over, and why.
+        files: companions to carry along (tokenizer, config, ...): name -> file.
+        name_or_path: how the user named the source, if that was a hub id.
+
+    """
+
+    direction: Direction
+    family: str
+    config: Config
+    megatron_config: Config
+    dtype: str
+    steps: tuple[Step, ...]
+    dropped: tuple[tuple[str, str], ...] = ()
+    files: Mapping[str, Path] = field(default_factory=dict)
+    name_or_path: str | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, each logical Hugging Face tensor counted once."""
+        side = "inputs" if self.direction == "import" else "outputs"
+        return sum(t.spec.numel for step in self.steps for t in getattr(step, side))
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes that will be read."""
+        return sum(step_bytes_in(step) for step in self.steps)
+
+    @property
+    def bytes_out(self) -> int:
+        """Bytes of tensors that will be written, without framing."""
+        return sum(step.nbytes for step in self.steps)
+
+    @property
+    def codecs(self) -> tuple[str, ...]:
+        """Names of the codecs that decode the source."""
+        return tuple(sorted({i.codec.name for s in self.steps for i in s.inputs if i.codec}))
+
+    @property
+    def casts(self) -> tuple[tuple[str, str], ...]:
+        """(from, to) dtypes of the conversions of element type, those that round first."""
+        pairs = {(i.spec.dtype, self.dtype) for s in self.steps for i in s.inputs}
+        return tuple(sorted(p for p in pairs if p[0] != p[1]))
+
+    def digest(self) -> str:
+        """Hash of all that decides the output's bytes, the source's content apart."""
+        facts = {**self.to_json(), "config": dict(self.config), "name": self.name_or_path}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole plan as plain values; the schema is described in docs/json.md."""
+        return {
+            "schema": PLAN_SCHEMA,
+            "direction": self.direction,
+            "model": self.family,
+            "dtype": self.dtype,
+            "codecs": list(self.codecs),
+            "parameters": self.parameters,
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "megatron_config": dict(self.megatron_config),
+            "files": sorted(self.files),
+            "dropped": [{"name": name, "reason": reason} for name, reason in self.dropped],
+            "steps": [_step_json(step) for step in self.steps],
+        }
+
+
+def step_bytes_in(step: Step) -> int:
+    """Bytes a step reads, padding rows left out."""
+    return sum(
+        i.spec.nbytes if i.codec is None else sum(spec.nbytes for _, spec in i.parts)
+        for i in step.inputs
+    )
+
+
+def _step_json(step: Step) -> dict[str, Any]:
+    return {
+        "layer": step.layer,
+        "op": repr(step.rule.op),
+        "shard": step.rule.shard.value,
+        "inputs": [
+            {**_tensor_json(i), "codec": i.codec.name, "parts": [n for n, _ in i.parts]}
+            if i.codec
+            else _tensor_json(i)
+            for i in step.inputs
+        ],
+        "outputs": [
+            _tensor_json(o) | ({"also": list(o.also)} if o.also else {}) for o in step.outputs
+        ],
+    }
+
+
+def _tensor_json(tensor: Input | Output) -> dict[str, Any]:
+    return {"name": tensor.name, "dtype": tensor.spec.dtype, "shape": list(tensor.spec.shape)}
+
+
+def make_plan(
+    direction: Direction,
+    specs: Mapping[str, TensorSpec],
+    family: ModelFamily,
+    config: Config,
+    *,
+    where: str,
+    codec: Codec | None = None,
+    known_codecs: Iterable[Codec] = (),
+    dtype: str | None = None,
+    files: Mapping[str, Path] | None = None,
+    name_or_path: str | None = None,
+) -> ConversionPlan:
+    """Fit a checkpoint's specs to its family's mapping table.
+
+    Args:
+        direction: ``import`` or ``export``.
+        specs: what the source stores.
+        family: the model family.
+        config: Hugging Face's config of the model.
+        where: the checkpoint, for the message.
+        codec: the quantized form the source declares, if any.
+        known_codecs: every codec there is, to explain an undeclared quantized form.
+        dtype: element type to write; None keeps the source's.
+        files: companions to carry along.
+        name_or_path: the hub id, if the user named one.
+
+    Raises:
+        PlanError: listing every misfit.
+
+    """
+    megatron_config = family.megatron_config(config)
+    fitter = Fitter(specs, codec, known_codecs)
+    drafts = list(fitter.fit(family.rules(config), megatron_config["num_layers"], direction))
+    fitter.finish(direction)
+    house = house_dtype(drafts, fitter.problems, strict=direction == "import")
+    if fitter.problems:
+        raise PlanError(where, fitter.problems)
+    return ConversionPlan(
+        direction,
+        family.name,
+        config,
+        megatron_config,
+        dtype or house,
+        tuple(_step(draft, dtype or house, direction) for draft in drafts),
+        tuple(fitter.dropped),
+        files or {},
+        name_or_path,
+    )
+
+
+def _step(draft: Draft, dtype: str, direction: Direction) -> Step:
+    if direction == "import":
+        first, *also = draft.megatron
+        outputs: tuple[Output, ...] = (Output(first, TensorSpec(draft.shape, dtype), tuple(also)),)
+    else:
+        outputs = tuple(Output(n, TensorSpec(s, dtype)) for n, s in draft.hf.items())
+    count = units(draft.rule.op, draft.shape)
+    if any(i.codec and not i.codec.sliceable for i in draft.inputs):
+        count = 1
+    return Step(draft.rule, draft.layer, draft.inputs, outputs, count)

@@ -1,0 +1,240 @@
+"""Loading plugins and choosing between what they offer. Nobody else talks to pluggy."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import pluggy
+
+from gptoss_convert import hookspecs
+from gptoss_convert.errors import PluginError
+from gptoss_convert.types import Codec, Format, ModelFamily, Recipe, Resharder, Validator
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator
+
+    import click
+
+    from gptoss_convert.types import Config, Side
+
+T = TypeVar("T")
+SWITCH = "GPTOSS_CONVERT_PLUGINS"
+KINDS = ("models", "codecs", "formats", "resharders", "validators", "recipes", "commands")
+
+
+@dataclass(frozen=True)
+class PluginInfo:
+    """An installed plugin: where it comes from, and what went wrong with it, if anything."""
+
+    name: str
+    distribution: str
+    version: str
+    module: str
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class _Offer:
+    plugin: str
+    record: Any
+
+
+class Registry:
+    """What the loaded plugins offer, typed, with every conflict named.
+
+    Args:
+        points: entry points to load; those of the group ``gptoss_convert`` by default.
+        disabled: names of plugins to leave out (``--no-plugin``).
+
+    The environment variable ``GPTOSS_CONVERT_PLUGINS`` limits loading to the names it lists;
+    empty, it switches all plugins off.
+
+    """
+
+    def __init__(
+        self, points: Iterable[EntryPoint] | None = None, disabled: Collection[str] = ()
+    ) -> None:
+        self._manager = pluggy.PluginManager(hookspecs.NAMESPACE)
+        self._manager.add_hookspecs(hookspecs)
+        self.plugins: list[PluginInfo] = []
+        found = entry_points(group=hookspecs.NAMESPACE) if points is None else points
+        allowed = os.environ.get(SWITCH)
+        for point in sorted(set(found), key=lambda p: (p.name, p.value)):
+            if point.name in disabled:
+                continue
+            if allowed is not None and point.name not in allowed.split(","):
+                continue
+            self._load(point)
+
+    def _load(self, point: EntryPoint) -> None:
+        """Load one entry point on its own, so that a broken plugin takes nobody down."""
+        error = ""
+        try:
+            self._manager.register(point.load(), name=point.name)
+        except Exception as problem:
+            error = f"{type(problem).__name__}: {problem}"
+        dist = point.dist
+        self.plugins.append(
+            PluginInfo(
+                point.name,
+                dist.name if dist else "?",
+                dist.version if dist else "?",
+                point.value,
+                error,
+            )
+        )
+
+    @property
+    def failures(self) -> list[PluginInfo]:
+        """Plugins that did not load."""
+        return [plugin for plugin in self.plugins if plugin.error]
+
+    def _check_hooks(self) -> None:
+        """A misspelt hook would silently do nothing; make it an error that names the right one."""
+        try:
+            self._manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            hook = str(error).split("'")[1]
+            near = difflib.get_close_matches(hook, [f"gptoss_convert_{k}" for k in KINDS], 1)
+            hint = f"did you mean {near[0]}" if near else "see gptoss_convert/hookspecs.py"
+            name = self._manager.get_name(error.plugin)
+            raise PluginError(
+                f"plugin {name!r} implements the unknown hook {hook!r}; {hint}, "
+                f"or leave it out with --no-plugin {name}"
+            ) from None
+
+    def _offers(self, kind: str) -> Iterator[_Offer]:
+        self._check_hooks()
+        for impl in getattr(self._manager.hook, f"gptoss_convert_{kind}").get_hookimpls():
+            try:
+                records = list(impl.function())
+            except Exception as error:
+                raise PluginError(
+                    f"plugin {impl.plugin_name!r} failed in gptoss_convert_{kind}: {error!r}; "
+                    f"mend it or leave it out with --no-plugin {impl.plugin_name}"
+                ) from error
+            yield from (_Offer(impl.plugin_name, record) for record in records)
+
+    def _named(self, kind: str, type_: type[T]) -> dict[str, T]:
+        """Records by name; two plugins that claim one name are an error, never a shadow."""
+        found: dict[str, _Offer] = {}
+        for offer in self._offers(kind):
+            if not isinstance(offer.record, type_):
+                raise PluginError(
+                    f"plugin {offer.plugin!r} yields {type(offer.record).__name__} from "
+                    f"gptoss_convert_{kind}, which takes {type_.__name__}; mend it or leave it "
+                    f"out with --no-plugin {offer.plugin}"
+                )
+            name = cast("Any", offer.record).name
+            if (other := found.get(name)) is not None:
+                raise PluginError(
+                    f"{self._origin(other)} and {self._origin(offer)} both offer {name!r} "
+                    f"({kind}); leave one out with --no-plugin {offer.plugin}"
+                )
+            found[name] = offer
+        return {name: offer.record for name, offer in found.items()}
+
+    def _origin(self, offer: _Offer) -> str:
+        info = next(p for p in self.plugins if p.name == offer.plugin and not p.error)
+        return f"plugin {info.name!r} of {info.distribution} {info.version}"
+
+    def models(self) -> dict[str, ModelFamily]:
+        """Model families by name."""
+        return self._named("models", ModelFamily)
+
+    def codecs(self) -> dict[str, Codec]:
+        """Codecs by name."""
+        return self._named("codecs", Codec)
+
+    def formats(self, side: Side | None = None) -> dict[str, Format]:
+        """Formats by name, of one side if given."""
+        every = self._named("formats", Format)
+        return {name: f for name, f in every.items() if side in (None, f.side)}
+
+    def resharders(self) -> dict[str, Resharder]:
+        """Resharders by name."""
+        return self._named("resharders", Resharder)
+
+    def validators(self) -> dict[str, Validator]:
+        """Validators by name."""
+        return self._named("validators", Validator)
+
+    def recipes(self) -> dict[str, Recipe]:
+        """Recipes by name."""
+        return self._named("recipes", Recipe)
+
+    def commands(self) -> dict[str, click.Command]:
+        """Commands by name."""
+        import click
+
+        return self._named("commands", click.Command)
+
+    def model_for(self, config: Config, name: str | None = None) -> ModelFamily:
+        """The one family that answers to a config's architectures, or the named one."""
+        wanted = list(config.get("architectures") or ())
+        return self._choose(
+            "models",
+            self.models(),
+            lambda family: bool(family.architectures.intersection(wanted)),
+            name,
+            f"the architecture {', '.join(map(str, wanted)) or '(none named in config.json)'}",
+        )
+
+    def codec_for(self, config: Config, name: str | None = None) -> Codec | None:
+        """The codec a config declares, or the named one; None if it declares none."""
+        declared = (config.get("quantization_config") or {}).get("quant_method")
+        if name is None and not declared:
+            return None
+        what = f"the quantization {declared!r}"
+        return self._choose("codecs", self.codecs(), lambda c: c.matches(config), name, what)
+
+    def _choose(
+        self,
+        kind: str,
+        all_: dict[str, T],
+        matches: Callable[[T], bool],
+        name: str | None,
+        what: str,
+    ) -> T:
+        """Exactly one must match; ``name`` decides, and silent shadowing never does."""
+        flag = f"--{kind.removesuffix('s')}"
+        if name is not None:
+            if name not in all_:
+                raise PluginError(f"{flag} {name}: there is none; there are {_names(all_)}")
+            return all_[name]
+        hits = {n: record for n, record in all_.items() if matches(record)}
+        if len(hits) == 1:
+            return next(iter(hits.values()))
+        if hits:
+            origins = [self._origin(o) for o in self._offers(kind) if o.record.name in hits]
+            raise PluginError(
+                f"{' and '.join(origins)} all answer to {what}; choose with {flag} {_names(hits)}"
+            )
+        raise PluginError(
+            f"no installed plugin knows {what}; there are {kind} {_names(all_)}; "
+            f"install a plugin for it, or say {flag} NAME if one of them fits"
+        )
+
+    def format_of(
+        self, folder: Any, side: Side | None = None, name: str | None = None
+    ) -> Format | None:
+        """The one format that recognises a folder, or the named one; None if none does."""
+        every = self.formats(side)
+        if name is None and not any(f.detect(folder) for f in every.values()):
+            return None
+        return self._choose("formats", every, lambda f: f.detect(folder), name, str(folder))
+
+
+def _names(records: Iterable[str]) -> str:
+    return " or ".join(sorted(records)) or "none"
+
+
+@cache
+def default_registry() -> Registry:
+    """The registry of all installed plugins, loaded once."""
+    return Registry()

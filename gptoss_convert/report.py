@@ -1,0 +1,155 @@
+"""What the commands print: facts as plain values, and tables of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gptoss_convert.convert import RESIDENT, Conversion, Result
+from gptoss_convert.errors import MOST_SHOWN
+from gptoss_convert.registry import KINDS, Registry
+from gptoss_convert.staging import free_bytes, human
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def describe_plan(
+    conversion: Conversion, target: Path, workers: int | None, max_memory: int
+) -> dict[str, Any]:
+    """The plan, and what it takes on this machine."""
+    budget = conversion.budget(workers, max_memory)
+    return {
+        **conversion.plan.to_json(),
+        "source": str(conversion.source.path),
+        "target": str(target) if target.name else None,
+        "target_format": conversion.target_format.name,
+        "disk_needed": conversion.sink(Path()).nbytes,
+        "disk_free": free_bytes(target / "x" if not target.name else target),
+        "workers": budget.workers,
+        "memory_in_flight": budget.in_flight,
+        "memory_peak": budget.in_flight + RESIDENT,
+    }
+
+
+def print_plan(facts: Mapping[str, Any]) -> None:
+    """Totals first, then the steps of one layer and how many layers are like it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=_width())
+    _print_facts(
+        {
+            "conversion": f"{facts['direction']} of {facts['model']} to {facts['target_format']}",
+            "source": facts["source"],
+            "parameters": f"{facts['parameters']:,}",
+            "read": human(facts["bytes_in"]),
+            "written": f"{human(facts['bytes_out'])} as {facts['dtype']}",
+            "disk": f"{human(facts['disk_needed'])} needed, {human(facts['disk_free'])} free",
+            "memory": f"{human(facts['memory_peak'])} at most, of which "
+            f"{human(facts['memory_in_flight'])} in flight, {facts['workers']} workers",
+            "files carried along": ", ".join(facts["files"]) or "none",
+        }
+    )
+    table = Table("read", "shape", "step", "written", "shape", box=None, pad_edge=False)
+    layers = {s["layer"] for s in facts["steps"]} - {None}
+    for step in facts["steps"]:
+        if step["layer"] not in (None, min(layers, default=None)):
+            continue
+        table.add_row(
+            "\n".join(t["name"] for t in step["inputs"]),
+            "\n".join(str(t["shape"]) for t in step["inputs"]),
+            step["op"],
+            "\n".join(t["name"] for t in step["outputs"]),
+            "\n".join(str(t["shape"]) for t in step["outputs"]),
+        )
+    console.print(table)
+    if len(layers) > 1:
+        console.print(f"Layers {sorted(layers)[1]} to {max(layers)} are converted like layer 0.")
+    for tensor in facts["dropped"]:
+        console.print(f"left out: {tensor['name']} ({tensor['reason']})")
+
+
+def print_result(result: Result) -> None:
+    """One line for people."""
+    plan = result.plan
+    click.echo(
+        f"{plan.direction}ed {plan.family}: {plan.parameters:,} parameters, "
+        f"{human(plan.bytes_in)} read, {human(plan.bytes_out)} written in {result.seconds:.1f} s "
+        f"to {result.target}"
+    )
+
+
+def print_inspection(facts: Mapping[str, Any]) -> None:
+    """A table of facts, then what is wrong."""
+    sizes = (f"{human(n)} {dtype}" for dtype, n in facts["bytes_by_dtype"].items())
+    layout = {k.replace("_", " "): _text(v) for k, v in facts["layout"].items()}
+    _print_facts(
+        {
+            "path": facts["path"],
+            "format": facts["format"],
+            "model": facts["model"] or "unknown",
+            "parameters": f"{facts['parameters']:,}" if facts["parameters"] else "unknown",
+            "tensors": f"{facts['tensors']:,}",
+            "size": f"{human(facts['bytes'])} ({', '.join(sizes)})",
+            **layout,
+        }
+    )
+    problems = facts["problems"]
+    if not problems:
+        click.echo("complete: every tensor is there and fits")
+        return
+    click.echo(f"{len(problems)} problems:")
+    for problem in problems[:MOST_SHOWN]:
+        click.echo(f"  {problem}")
+    if len(problems) > MOST_SHOWN:
+        click.echo(f"  ... and {len(problems) - MOST_SHOWN} more (--json lists all)")
+
+
+def describe_plugins(registry: Registry) -> dict[str, Any]:
+    """Plugins with their origin, and what is on offer by kind."""
+    offers = {kind: sorted(getattr(registry, kind)()) for kind in KINDS}
+    return {
+        "schema": "gptoss-convert.plugins/1",
+        "plugins": [vars(plugin) for plugin in registry.plugins],
+        "offers": offers,
+    }
+
+
+def print_plugins(facts: Mapping[str, Any]) -> None:
+    """Two tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=_width())
+    table = Table("plugin", "distribution", "version", "module", "state", box=None, pad_edge=False)
+    for plugin in facts["plugins"]:
+        state = plugin["error"] or "ok"
+        table.add_row(*(plugin[k] for k in ("name", "distribution", "version", "module")), state)
+    console.print(table)
+    console.print()
+    _print_facts({kind: ", ".join(names) or "none" for kind, names in facts["offers"].items()})
+
+
+def _print_facts(facts: Mapping[str, Any]) -> None:
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        click.echo(f"{name:{width}}  {value}")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        shown = ", ".join(map(str, value[:4]))
+        return f"{shown}, ... ({len(value)} in all)" if len(value) > 4 else shown or "none"
+    return "none" if value is None else str(value)
+
+
+def _width() -> int | None:
+    """The terminal's width; wide enough for a table where the output is no terminal."""
+    import sys
+
+    return None if sys.stdout.isatty() else 200

@@ -1,0 +1,69 @@
+"""Reused memory. Fresh pages are dear (a first touch can cost more than the work done in them)."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PAGE = 4096
+
+
+def round_up(count: int, unit: int = PAGE) -> int:
+    """The next multiple of ``unit``."""
+    return -(-count // unit) * unit
+
+
+def page_aligned(nbytes: int) -> Tensor:
+    """A new uint8 tensor of at least ``nbytes`` bytes that starts on a page, zero-filled."""
+    import torch
+
+    pages = mmap.mmap(-1, max(round_up(nbytes), PAGE))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages only costs speed
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+class Scratch:
+    """A bump allocator over page-aligned memory. ``reset`` gives all of it back at once.
+
+    What ``take`` returned stays valid until the next ``reset``. Not for several threads at once.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[Tensor] = []
+        self._used = 0
+
+    def take(self, nbytes: int) -> Tensor:
+        """A uint8 tensor of ``nbytes`` bytes that starts on a page; its content is undefined."""
+        if not self._blocks or self._used + nbytes > self._blocks[-1].numel():
+            self._blocks.append(page_aligned(nbytes))
+            self._used = 0
+        start = self._used
+        self._used = round_up(start + nbytes)
+        return self._blocks[-1][start : start + nbytes]
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """The tensor's bytes (flat uint8) in new memory that starts on a page."""
+        return self.take(tensor.numel()).copy_(tensor)
+
+    def mark(self) -> tuple[int, int]:
+        """A point to ``release`` to."""
+        return len(self._blocks), self._used
+
+    def release(self, mark: tuple[int, int]) -> None:
+        """Give back what was taken since ``mark``, unless new memory had to be added for it."""
+        if len(self._blocks) == mark[0]:
+            self._used = mark[1]
+
+    def reset(self) -> None:
+        """Make all memory available again, in one block from the second time on."""
+        if len(self._blocks) > 1:
+            total = sum(block.numel() for block in self._blocks)
+            self._blocks = []
+            self._blocks = [page_aligned(total)]
+        self._used = 0

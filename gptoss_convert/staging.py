@@ -1,0 +1,162 @@
+"""A folder that appears whole or not at all.
+
+Work happens in a sibling, ``.NAME.incomplete-KEY``; KEY stands for everything that decides the
+result, so the same command finds its own unfinished work again and another command does not. One
+rename puts the finished folder in place.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+from gptoss_convert.blockio import sync_folder
+from gptoss_convert.errors import ConvertError, IncompleteError, ResourceError, UsageError
+
+
+def unfinished(target: Path) -> list[Path]:
+    """Staging folders that stopped runs have left beside a target."""
+    return sorted(target.absolute().parent.glob(f".{target.name}.incomplete-*"))
+
+
+def require_checkpoint(path: Path) -> None:
+    """Raise the clearest error there is unless ``path`` is a folder that can be listed."""
+    if path.is_dir():
+        try:
+            os.listdir(path)
+        except OSError as error:
+            raise ConvertError(f"{path}: cannot be read: {error.strerror}") from None
+        return
+    if unfinished(path):
+        raise IncompleteError(
+            f"{path}: its conversion did not finish; run the same command again to go on"
+        )
+    what = "is a file, not a checkpoint folder" if path.exists() else "does not exist"
+    raise ConvertError(f"{path}: {what}; give the folder of a checkpoint")
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above ``path`` that exists."""
+    parents = (p for p in path.absolute().parents if p.is_dir())
+    return next(parents, Path("/"))
+
+
+class Staging:
+    """The staging folder of one target.
+
+    Args:
+        target: the folder to appear.
+        key: stands for all that decides the result.
+        overwrite: whether a non-empty target may be replaced.
+
+    """
+
+    def __init__(self, target: Path, key: str, *, overwrite: bool = False) -> None:
+        self.target = target.absolute()
+        self.folder = self.target.parent / f".{self.target.name}.incomplete-{key[:16]}"
+        self._old = self.target.parent / f".{self.target.name}.replaced"
+        self._overwrite = overwrite
+        self._lock: int | None = None
+
+    def check_target(self) -> None:
+        """Refuse a target that is in use, before anything is read or written."""
+        target = self.target
+        if not target.name:
+            raise UsageError(f"{target}: is no folder name to write to")
+        if target.is_symlink() or (target.exists() and not target.is_dir()):
+            raise ConvertError(f"{target}: is not a folder; choose another target")
+        if target.is_dir() and os.path.ismount(target):
+            raise ConvertError(f"{target}: is a mount point; choose a folder inside it")
+        if target.is_dir() and any(target.iterdir()) and not self._overwrite:
+            raise ConvertError(
+                f"{target}: is not empty; choose another target, or say --overwrite to replace it"
+            )
+        parent = existing_parent(target)
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise ConvertError(f"{parent}: cannot be written to; choose another target")
+
+    def check_space(self, nbytes: int) -> None:
+        """Raise ResourceError unless the file system has room for what is still to be written."""
+        free = free_bytes(self.target)
+        have = sum(f.stat().st_blocks * 512 for f in self.folder.rglob("*") if f.is_file())
+        if nbytes - have > free:
+            raise ResourceError(
+                f"{existing_parent(self.target)}: {human(nbytes - have)} are needed and "
+                f"{human(free)} are free; make room or choose another target"
+            )
+
+    def open(self) -> bool:
+        """Create the folder or take it up again; True if there was earlier work in it.
+
+        Raises:
+            ConvertError: if another run is writing to the same target.
+
+        """
+        self._restore()
+        for other in unfinished(self.target):
+            if other != self.folder:
+                _lock(other, self.target)
+                shutil.rmtree(other)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)
+        self._lock = _lock(self.folder, self.target)
+        for part in self.folder.rglob("*.part"):
+            part.unlink()
+        return any(p.is_file() for p in self.folder.rglob("*"))
+
+    def _restore(self) -> None:
+        """Undo a replacement that stopped between its two renames."""
+        if self._old.exists():
+            if self.target.exists():
+                shutil.rmtree(self._old)
+            else:
+                self._old.rename(self.target)
+
+    def publish(self) -> None:
+        """Put the finished folder in place of the target."""
+        sync_folder(self.folder)
+        if self.target.is_dir() and any(self.target.iterdir()):
+            self.target.rename(self._old)
+        self.folder.rename(self.target)
+        sync_folder(self.target.parent)
+        if self._old.exists():
+            shutil.rmtree(self._old)
+        self.release()
+
+    def discard(self) -> None:
+        """Remove the folder and all work in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.release()
+
+    def release(self) -> None:
+        """Let another run have the target."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _lock(folder: Path, target: Path) -> int:
+    """Hold a folder for this process; the system lets go of it however the process ends."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise ConvertError(f"{target}: another run is writing to it; wait for it to end") from None
+    return fd
+
+
+def free_bytes(target: Path) -> int:
+    """Free disk space where ``target`` would be, in bytes."""
+    return shutil.disk_usage(existing_parent(target)).free
+
+
+def human(nbytes: float) -> str:
+    """``1_650_000_000`` -> ``1.65 GB`` (decimal units, as disks are sold)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"

@@ -1,0 +1,289 @@
+"""The records that plugins hand to the core. All are frozen, and importing them imports no torch."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from gptoss_convert import ops
+from gptoss_convert.dtypes import itemsize
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from gptoss_convert.plan import ConversionPlan, Group
+    from gptoss_convert.scratch import Scratch
+
+Config = Mapping[str, Any]
+Side = Literal["hf", "megatron"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What is known of a tensor before a byte of it is read.
+
+    Attributes:
+        shape: sizes, outermost first.
+        dtype: safetensors' name of the element type, such as ``BF16``.
+
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements, without any framing."""
+        return self.numel * itemsize(self.dtype)
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+class Shard(enum.Enum):
+    """How tensor parallelism cuts a Megatron tensor (below its expert axis, if it has one)."""
+
+    REPLICATED = "replicated"
+    COLUMN = "column"  # along the output rows, dim 0
+    ROW = "row"  # along the inputs, dim 1
+    GATED = "gated"  # along dim 0 of each half of [gate; up]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a mapping table, good for every layer.
+
+    Attributes:
+        hf: the Hugging Face tensors and the shapes they must have, in the order the op takes
+            them; ``{L}`` in a name stands for the layer. The shape is that of the *logical*
+            tensor, after a codec has decoded it.
+        megatron: the Megatron parameter; ``{L}`` is the layer, and a trailing ``{E}`` says that
+            dim 0 is the expert axis (E parameters, one per expert). Empty for ``Drop``.
+        op: the invertible rewrite between the two.
+        shard: how tensor parallelism cuts the Megatron tensor.
+        also: other names under which Megatron keeps the same tensor; written beside the first,
+            and any one of them will do when reading.
+
+    """
+
+    hf: Mapping[str, tuple[int, ...]]
+    megatron: str
+    op: ops.Op = ops.COPY
+    shard: Shard = Shard.REPLICATED
+    also: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """A family of models: which checkpoints it knows, its mapping table, its config both ways.
+
+    Attributes:
+        name: as in ``--model NAME``.
+        architectures: the ``architectures`` entries of ``config.json`` it answers to.
+        fields: config fields it needs, with their types; absent ones are reported together.
+        rules: ``config -> Rules`` (config is Hugging Face's ``config.json``).
+        megatron_config: ``config ->`` megatron-core's ``TransformerConfig`` and ``GPTModel``
+            fields, as plain JSON values; ``num_layers`` must be among them.
+        hf_config: the inverse, for checkpoints that carry no ``config.json``.
+
+    """
+
+    name: str
+    architectures: frozenset[str]
+    rules: Callable[[Config], Iterable[Rule]]
+    megatron_config: Callable[[Config], dict[str, Any]]
+    hf_config: Callable[[Config], dict[str, Any]]
+    fields: Mapping[str, type | tuple[type, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A quantized storage form: several stored parts stand for one logical tensor.
+
+    Attributes:
+        name: as in ``--codec NAME``.
+        suffixes: the parts of ``X`` are stored as ``X + suffix``, in this order.
+        matches: whether a ``config.json`` declares this codec.
+        spec: part specs -> logical spec; raises ``ValueError`` (one sentence) if they do not fit.
+        decode: ``decode(parts, out=None) -> Tensor``; ``out`` is a flat tensor of the logical
+            dtype and size that may be used for the result. May return a view.
+        encode: ``encode(tensor) -> parts``; None if the codec cannot write.
+        sliceable: dim 0 of the logical tensor is dim 0 of every part, so that rows can be
+            decoded on their own.
+
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+    matches: Callable[[Config], bool]
+    spec: Callable[[Sequence[TensorSpec]], TensorSpec]
+    decode: Callable[..., Tensor]
+    encode: Callable[[Tensor], Sequence[Tensor]] | None = None
+    sliceable: bool = True
+
+
+@runtime_checkable
+class TensorSource(Protocol):
+    """A checkpoint to read from: specs are free, tensors cost I/O. Used by several threads."""
+
+    @property
+    def path(self) -> Path:
+        """The folder, for messages."""
+
+    @property
+    def config(self) -> Config | None:
+        """Hugging Face's config of the model, or None where the checkpoint carries none."""
+
+    @property
+    def megatron_config(self) -> Config | None:
+        """Megatron's fields, where the checkpoint carries them and no Hugging Face config."""
+
+    @property
+    def files(self) -> Mapping[str, Path]:
+        """Companions of a Hugging Face checkpoint (config, tokenizer, ...): name -> file."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """How the checkpoint is laid out, as plain values, for ``inspect``."""
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Every model tensor by its Hugging Face or Megatron parameter name."""
+
+    def check(self) -> None:
+        """Raise CheckpointError unless all bytes are there; called before a conversion starts."""
+
+    def fingerprint(self) -> str:
+        """Changes when the stored bytes may have changed; guards resuming."""
+
+    def read(self, name: str, rows: slice | None = None, scratch: Scratch | None = None) -> Tensor:
+        """The tensor, or ``rows`` of its dim 0. Memory may be taken from ``scratch``."""
+
+
+class GroupWriter(Protocol):
+    """Writes one group of a sink: pieces arrive in the plan's order."""
+
+    def write(self, name: str, rows: slice, tensor: Tensor) -> None:
+        """Take ``rows`` of dim 0 of output ``name``; row-major order counts, not the shape."""
+
+    def close(self) -> None:
+        """Make the group durable under its final name."""
+
+    def abort(self) -> None:
+        """Give up; leave nothing under the final name."""
+
+
+class TensorSink(Protocol):
+    """A checkpoint being written into a staging folder. Groups are independent of each other."""
+
+    @property
+    def groups(self) -> Sequence[Group]:
+        """What can be written apart, in order; known before the first byte."""
+
+    @property
+    def nbytes(self) -> int:
+        """Upper bound of the disk space the finished checkpoint takes, in bytes."""
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory one open group holds, in bytes."""
+
+    def done(self, group: Group) -> bool:
+        """Whether the group is already complete on disk (from an earlier run)."""
+
+    def open(self, group: Group) -> GroupWriter:
+        """Start writing a group."""
+
+    def finish(self) -> None:
+        """Write what makes the folder a checkpoint, the mark of completeness last."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to store a checkpoint in a folder.
+
+    Attributes:
+        name: as in ``--format NAME``.
+        side: whose parameter names it holds, ``hf`` or ``megatron``.
+        detect: whether a folder holds this format; must not read tensors or execute anything.
+        open: folder -> source.
+        create: (staging folder, plan) -> sink; touches no disk before ``open``.
+        resolve: (name, revision, headers only) -> local folder, for names that are no folders
+            (a hub id); None if the format has no such names.
+
+    """
+
+    name: str
+    side: Side
+    detect: Callable[[Path], bool]
+    open: Callable[[Path], TensorSource]
+    create: Callable[[Path, ConversionPlan], TensorSink]
+    resolve: Callable[[str, str | None, bool], Path] | None = None
+
+
+@dataclass(frozen=True)
+class Resharder:
+    """Cuts a canonical Megatron tensor into the pieces of a parallel layout, and joins them.
+
+    Attributes:
+        name: what it cuts along, such as ``tp``.
+        split: (tensor, shard kind, count) -> pieces.
+        join: (pieces, shard kind) -> tensor.
+
+    """
+
+    name: str
+    split: Callable[[Tensor, Shard, int], Sequence[Tensor]]
+    join: Callable[[Sequence[Tensor], Shard], Tensor]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a validator has to say: how bad, where, what it means, and how to mend it."""
+
+    severity: Literal["error", "warning", "info"]
+    where: str
+    what: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Validator:
+    """A check that runs with every conversion; an ``error`` finding stops it.
+
+    Attributes:
+        name: for messages and ``--json``.
+        stage: ``plan``: ``check(plan)``, before the first byte. ``tensor``: ``check(plan, name,
+            rows, tensor)``, on every piece that is written. ``checkpoint``: ``check(plan,
+            folder)``, on the finished folder before it is put in place.
+        check: yields findings.
+
+    """
+
+    name: str
+    stage: Literal["plan", "tensor", "checkpoint"]
+    check: Callable[..., Iterable[Finding]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named training configuration.
+
+    Attributes:
+        name: such as ``gpt_oss_20b_sft_config``.
+        summary: one line for listings.
+        build: keyword overrides -> configuration as plain JSON values.
+
+    """
+
+    name: str
+    summary: str
+    build: Callable[..., Mapping[str, Any]]

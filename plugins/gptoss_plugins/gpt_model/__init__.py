@@ -1,0 +1,1 @@
+"""GPT-OSS as a megatron-core GPTModel that runs on CPUs and GPUs, without Transformer Engine."""

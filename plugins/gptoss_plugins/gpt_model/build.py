@@ -1,0 +1,102 @@
+"""Build the model of this rank.
+
+::
+
+    device = initialize_parallel(tp=2, pp=1, ep=2)
+    model = build_gpt_model(fields, dtype=torch.bfloat16, device=device)
+    load_checkpoint(model, "models/gpt-oss-20b/iter_0000000")
+    logits = model(ids, positions, None)  # [batch, tokens, vocabulary]
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+
+from gptoss_plugins.gpt_model.config import GptOssConfig, make_config
+from gptoss_plugins.gpt_model.load import load_checkpoint
+from gptoss_plugins.gpt_model.parallel import initialize_parallel, shut_down_parallel
+from gptoss_plugins.gpt_model.rope import YarnRope
+from gptoss_plugins.gpt_model.spec import block_spec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = [
+    "GptOssModel",
+    "build_gpt_model",
+    "initialize_parallel",
+    "load_checkpoint",
+    "shut_down_parallel",
+]
+
+
+class GptOssModel(GPTModel):  # type: ignore[misc]  # megatron-core is untyped
+    """GPTModel with device-neutral positions; names of parameters are GPTModel's."""
+
+    def __init__(self, config: GptOssConfig, **options: Any) -> None:
+        # "none", so that GPTModel does not build its own YaRN tables, which asks for CUDA.
+        super().__init__(config=config, position_embedding_type="none", **options)
+        self.position_embedding_type = "yarn"
+        self.rotary_pos_emb = YarnRope(config, cp_group=self.pg_collection.cp)
+
+
+def build_gpt_model(
+    megatron_config: Mapping[str, Any],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    sequence_parallel: bool = False,
+    parallel_output: bool = False,
+    random_weights: bool = False,
+    vp_stage: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> GptOssModel:
+    """Build this rank's part of GPT-OSS, in the layout that ``initialize_parallel`` set up.
+
+    Args:
+        megatron_config: Megatron names -> plain values; see ``config.py`` for which count.
+        dtype: of the parameters.
+        device: where they live; what ``initialize_parallel`` returned.
+        sequence_parallel: split activations along the sequence; training needs it if TP > 1.
+        parallel_output: leave the logits cut along the vocabulary (for Megatron's loss).
+        random_weights: draw initial weights; otherwise they are undefined until a load.
+        vp_stage: which chunk of a virtual pipeline to build.
+        overrides: further TransformerConfig fields, set last.
+
+    Raises:
+        gptoss_convert.errors.ConfigError: a field is missing, unsupported or does not divide.
+    """
+    device = torch.device(device)
+    config = make_config(
+        megatron_config,
+        dtype=dtype,
+        device=device,
+        sequence_parallel=sequence_parallel,
+        random_weights=random_weights,
+        overrides=overrides,
+    )
+    model = GptOssModel(
+        config,
+        transformer_layer_spec=block_spec(config, vp_stage),
+        vocab_size=config.vocab_size,
+        max_sequence_length=config.seq_length,
+        share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
+        parallel_output=parallel_output,
+        vp_stage=vp_stage,
+        **_pipeline_ends(vp_stage),
+    )
+    moved: GptOssModel = model.to(device=device, dtype=dtype)
+    return moved
+
+
+def _pipeline_ends(vp_stage: int | None) -> dict[str, bool]:
+    """Whether this rank embeds (first stage) and makes logits (last stage)."""
+    where = {"ignore_virtual": False, "vp_stage": vp_stage}
+    return {
+        "pre_process": parallel_state.is_pipeline_first_stage(**where),
+        "post_process": parallel_state.is_pipeline_last_stage(**where),
+    }

@@ -1,0 +1,103 @@
+"""Fill a model from a distributed (torch_dist) checkpoint, strictly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
+
+from gptoss_convert.errors import CheckpointError, PlanError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+_TRACKER = "latest_checkpointed_iteration.txt"
+# What megatron-core's local layer spec calls `pre_mlp_layernorm.weight`; some checkpoints hold both.
+_SECOND_NAME = ".mlp.linear_fc1.layer_norm_weight"
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def load_checkpoint(model: GPTModel, folder: str | Path) -> None:
+    """Read this rank's part of ``folder`` into ``model``, in the parameters' dtype.
+
+    Every parameter must be stored in its full shape, and every stored tensor must be the model's.
+    Extra states (FP8 scales of Transformer Engine) are left alone: this model has none. All ranks
+    call this together, and all raise if one finds a misfit; nothing is read before that is known.
+
+    Args:
+        model: as built by ``build_gpt_model``.
+        folder: an ``iter_*`` folder, or the root that names its latest one.
+
+    Raises:
+        CheckpointError: there is no distributed checkpoint.
+        PlanError: its tensors are not the model's; all misfits are listed.
+    """
+    place = iteration_folder(Path(folder))
+    wanted = {
+        name: shard
+        for name, shard in model.sharded_state_dict(metadata=_metadata(place)).items()
+        if not isinstance(shard, ShardedObject)
+    }
+    _check(wanted, place)
+    loaded = dist_checkpointing.load({"model": wanted}, str(place))["model"]
+    extra = {name: None for name in model.state_dict() if name.endswith("._extra_state")}
+    model.load_state_dict(extra | loaded, strict=True)
+
+
+def iteration_folder(folder: Path) -> Path:
+    """The ``iter_*`` (or ``release``) folder that ``folder`` is, or that its tracker names."""
+    if (tracker := folder / _TRACKER).is_file():
+        name = tracker.read_text().strip()
+        folder = folder / (name if name == "release" else f"iter_{int(name):07d}")
+    if not (folder / "metadata.json").is_file():
+        raise CheckpointError(f"{folder}: no distributed checkpoint here; give its iter_* folder")
+    return folder
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    """What the checkpoint says of its own layout, and the group that holds replicas."""
+    stored = dist_checkpointing.load_content_metadata(str(folder)) or {}
+    replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return {**stored, "dp_cp_group": replicas}
+
+
+def _check(wanted: Mapping[str, Any], folder: Path) -> None:
+    """Raise, on every rank alike, unless the checkpoint holds the whole model and no more."""
+    metadata = dist_checkpointing.load_tensors_metadata(str(folder))
+    stored = {key: tuple(shard.global_shape) for key, shard in metadata.items()}
+    mine = _whole_shapes(wanted)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, ([*mine], [*_misfits(mine, stored)]))
+    problems = {problem for _, found in everyone for problem in found}
+    problems.update(_strangers(stored, {key for keys, _ in everyone for key in keys}))
+    if problems:
+        raise PlanError(str(folder), problems)
+
+
+def _whole_shapes(wanted: Mapping[str, Any]) -> Shapes:
+    """Checkpoint key -> shape of the whole tensor; () where padding may differ (vocabulary)."""
+    shapes: Shapes = {}
+    for shard in wanted.values():
+        for part in shard.build() if isinstance(shard, ShardedTensorFactory) else [shard]:
+            shapes[part.key] = () if part.allow_shape_mismatch else tuple(part.global_shape)
+    return shapes
+
+
+def _misfits(mine: Shapes, stored: Shapes) -> Iterator[str]:
+    for key, shape in mine.items():
+        if key not in stored:
+            yield f"{key}: not in the checkpoint; convert the model again"
+        elif shape and stored[key] != shape:
+            yield f"{key}: is {stored[key]}, the model's is {shape}; build it from the same config"
+
+
+def _strangers(stored: Shapes, known: set[str]) -> Iterator[str]:
+    for key in stored:
+        if key not in known and not key.endswith(_SECOND_NAME):
+            yield f"{key}: the model has no such tensor; build it from the same config"

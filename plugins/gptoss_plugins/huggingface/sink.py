@@ -1,0 +1,149 @@
+"""Writing a Hugging Face checkpoint folder."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from gptoss_convert.blockio import WRITER_BYTES, BlockWriter, write_file
+from gptoss_convert.dtypes import from_torch_name, torch_name
+from gptoss_convert.errors import UsageError
+from gptoss_convert.plan import ConversionPlan, Group, Step
+from gptoss_plugins.huggingface.headers import INDEX, SINGLE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from gptoss_convert.types import TensorSpec
+
+SHARD_BYTES = 5_000_000_000  # transformers' habit
+_DTYPE_FIELDS = ("torch_dtype", "dtype")
+
+
+class HuggingFaceSink:
+    """Safetensors shards, their index, config and companions.
+
+    A step's tensors stay in one shard; a shard is the unit of parallel work and of resuming.
+    """
+
+    buffer_bytes = WRITER_BYTES
+
+    def __init__(self, folder: Path, plan: ConversionPlan) -> None:
+        self._folder, self._plan = folder, plan
+        self.groups: Sequence[Group] = list(_shards(plan.steps))
+        self._headers = {group.name: _header(group) for group in self.groups}
+
+    @property
+    def nbytes(self) -> int:
+        """Shards to the byte; a little more for the rest."""
+        shards = sum(g.nbytes + len(self._headers[g.name]) for g in self.groups)
+        companions = sum(path.stat().st_size for path in self._plan.files.values())
+        return shards + companions + len(self._index()) + (1 << 16)
+
+    def done(self, group: Group) -> bool:
+        """A shard under its final name is whole: it gets that name last."""
+        return (self._folder / group.name).exists()
+
+    def open(self, group: Group) -> ShardWriter:
+        """Start a shard with its header."""
+        header = self._headers[group.name]
+        writer = BlockWriter(self._folder / group.name, len(header) + group.nbytes)
+        writer.append_bytes(header)
+        return ShardWriter(writer)
+
+    def finish(self) -> None:
+        """Companions, then the config, then what tells a loader where the tensors are."""
+        for name, path in self._plan.files.items():
+            if name != "config.json":
+                write_file(self._folder / name, path.read_bytes())
+        write_file(self._folder / "config.json", self._config())
+        if len(self.groups) > 1:
+            write_file(self._folder / INDEX, self._index())
+
+    def _index(self) -> bytes:
+        places = {o.name: g.name for g in self.groups for s in g.steps for o in s.outputs}
+        index = {
+            "metadata": {"total_size": self._plan.bytes_out},
+            "weight_map": dict(sorted(places.items())),
+        }
+        return (json.dumps(index, indent=2) + "\n").encode()
+
+    def _config(self) -> bytes:
+        """The source's own bytes if nothing in it changes."""
+        config = export_config(self._plan)
+        original = self._plan.files.get("config.json")
+        if original and json.loads(original.read_bytes()) == config:
+            return original.read_bytes()
+        return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def export_config(plan: ConversionPlan) -> dict[str, Any]:
+    """The model's config with the quantization taken out and the dtype put in, else unchanged."""
+    config = {k: v for k, v in plan.config.items() if k != "quantization_config"}
+    for name in [n for n in _DTYPE_FIELDS if n in config] or _DTYPE_FIELDS:
+        if not _same_dtype(config.get(name), plan.dtype):
+            config[name] = torch_name(plan.dtype)
+    return config
+
+
+def _same_dtype(value: Any, dtype: str) -> bool:
+    try:
+        return isinstance(value, str) and from_torch_name(value) == dtype
+    except UsageError:  # "auto", or a type of somebody else's
+        return False
+
+
+class ShardWriter:
+    """Tensors arrive in the header's order, so the bytes only have to be appended."""
+
+    def __init__(self, writer: BlockWriter) -> None:
+        self._writer = writer
+
+    def write(self, name: str, rows: slice, tensor: Tensor) -> None:
+        """Append the elements."""
+        self._writer.append(tensor)
+
+    def close(self) -> None:
+        """Put the shard in place."""
+        self._writer.close()
+
+    def abort(self) -> None:
+        """Leave nothing behind."""
+        self._writer.abort()
+
+
+def _shards(steps: Sequence[Step]) -> Iterator[Group]:
+    """Steps in order, a new shard before one would pass SHARD_BYTES."""
+    bins: list[list[Step]] = [[]]
+    size = 0
+    for step in steps:
+        if bins[-1] and size + step.nbytes > SHARD_BYTES:
+            bins.append([])
+            size = 0
+        bins[-1].append(step)
+        size += step.nbytes
+    for number, shard in enumerate(bins, 1):
+        name = SINGLE if len(bins) == 1 else f"model-{number:05d}-of-{len(bins):05d}.safetensors"
+        yield Group(name, tuple(shard))
+
+
+def _header(group: Group) -> bytes:
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, spec in _tensors(group.steps):
+        table[name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [start, start + spec.nbytes],
+        }
+        start += spec.nbytes
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _tensors(steps: Iterable[Step]) -> Iterator[tuple[str, TensorSpec]]:
+    return ((o.name, o.spec) for step in steps for o in step.outputs)

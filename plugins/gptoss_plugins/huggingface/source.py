@@ -1,0 +1,120 @@
+"""Reading a Hugging Face checkpoint folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+from gptoss_convert.blockio import BlockReader
+from gptoss_convert.dtypes import itemsize, torch_dtype
+from gptoss_convert.errors import PlanError
+from gptoss_convert.scratch import Scratch
+from gptoss_convert.staging import human
+from gptoss_plugins.huggingface.headers import read_json, read_shards
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from gptoss_convert.types import Config, TensorSpec
+
+# What makes a checkpoint usable beside its weights.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
+
+
+class HuggingFaceSource:
+    """A folder of safetensors files. Only headers are read until a tensor is asked for."""
+
+    megatron_config: Config | None = None
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        path = folder / "config.json"
+        self.config: Config | None = read_json(path) if path.exists() else None
+        self._shards = read_shards(folder)
+        self._entries = {n: e for shard in self._shards for n, e in shard.entries.items()}
+        self._readers: dict[str, BlockReader] = {}
+        self._opening = threading.Lock()
+
+    @property
+    def files(self) -> Mapping[str, Path]:
+        """Config, tokenizer and chat template files by their names in the folder."""
+        found = (p for pattern in COMPANIONS for p in self.path.glob(pattern) if p.is_file())
+        return {p.relative_to(self.path).as_posix(): p for p in sorted(found)}
+
+    def describe(self) -> Mapping[str, Any]:
+        """Shards, the declared quantization, companions."""
+        quantization = (self.config or {}).get("quantization_config") or {}
+        return {
+            "shards": [shard.file for shard in self._shards],
+            "quantization": quantization.get("quant_method"),
+            "companions": sorted(self.files),
+        }
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Stored tensors, parts of quantized ones included."""
+        return {name: entry.spec for name, entry in self._entries.items()}
+
+    def check(self) -> None:
+        """Every shard is as long as its header promises."""
+        problems = []
+        for shard in self._shards:
+            size = (self.path / shard.file).stat().st_size
+            if size != shard.nbytes:
+                what = "is cut short" if size < shard.nbytes else "has bytes its header omits"
+                problems.append(
+                    f"{shard.file}: {what} ({human(size)}, {size} bytes, where its header promises "
+                    f"{shard.nbytes}); fetch it again"
+                )
+        if problems:
+            raise PlanError(str(self.path), problems)
+
+    def fingerprint(self) -> str:
+        """From headers, sizes and times of change; reads no data."""
+        digest = hashlib.sha256()
+        for shard in self._shards:
+            stat = os.stat(self.path / shard.file)
+            digest.update(f"{shard.file}:{stat.st_size}:{stat.st_mtime_ns}:".encode())
+            digest.update(shard.header)
+        for name, path in self.files.items():
+            digest.update(name.encode() + path.read_bytes())
+        return digest.hexdigest()
+
+    def read(self, name: str, rows: slice | None = None, scratch: Scratch | None = None) -> Tensor:
+        """The tensor, or ``rows`` of its dim 0, in memory of ``scratch``."""
+        entry = self._entries[name]
+        shape, start, nbytes = entry.spec.shape, entry.start, entry.spec.nbytes
+        if rows is not None:
+            first, stop, _ = rows.indices(shape[0])
+            row = nbytes // max(shape[0], 1)
+            shape, start, nbytes = (
+                (stop - first, *shape[1:]),
+                start + first * row,
+                (stop - first) * row,
+            )
+        scratch = scratch or Scratch()
+        data = self._reader(entry.file).read(start, nbytes, scratch)
+        if data.storage_offset() % itemsize(entry.spec.dtype):
+            data = scratch.copy(data)
+        return data.view(torch_dtype(entry.spec.dtype)).view(shape)
+
+    def _reader(self, file: str) -> BlockReader:
+        with self._opening:
+            if file not in self._readers:
+                self._readers[file] = BlockReader(self.path / file)
+            return self._readers[file]

@@ -1,0 +1,51 @@
+"""The folders of a Megatron checkpoint: which iteration, and what stands where in it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TRACKER = "latest_checkpointed_iteration.txt"
+TRAIN_STATE = "train_state.pt"
+LATEST_TRAIN_STATE = "latest_train_state.pt"
+METADATA = ".metadata"
+MARK = "metadata.json"  # megatron-core takes a folder for a checkpoint if this is there
+COMMON = "common.pt"
+RUN_CONFIG = "run_config.yaml"
+TOKENIZER = "tokenizer"  # as Megatron-Bridge calls it
+HUGGING_FACE = "huggingface"  # config.json and generation_config.json
+IMPORTED = "iter_0000000"
+
+
+def iteration_folder(folder: Path) -> Path | None:
+    """The folder with the tensors: ``folder`` itself, or the iteration its tracker names.
+
+    Without a tracker the highest ``iter_*`` counts. None if there is no such folder.
+    """
+    if (folder / METADATA).is_file() or (folder / MARK).is_file():
+        return folder
+    tracker = folder / TRACKER
+    if tracker.is_file():
+        text = tracker.read_text(errors="replace").strip()
+        named = folder / (f"iter_{int(text):07d}" if text.isdecimal() else "release")
+        return named if named.is_dir() else None
+    found = sorted(p for p in folder.glob("iter_*") if (p / METADATA).is_file())
+    return found[-1] if found else None
+
+
+def companion_place(name: str) -> str:
+    """Where a Hugging Face companion file stands inside the iteration folder."""
+    kept = HUGGING_FACE if name in ("config.json", "generation_config.json") else TOKENIZER
+    return f"{kept}/{name}"
+
+
+def companions(folder: Path) -> dict[str, Path]:
+    """The Hugging Face companions in an iteration folder: name -> file."""
+    return {
+        path.relative_to(folder / kept).as_posix(): path
+        for kept in (TOKENIZER, HUGGING_FACE)
+        for path in sorted((folder / kept).rglob("*"))
+        if path.is_file()
+    }

@@ -1,0 +1,170 @@
+"""The ``.metadata`` of a distributed checkpoint: which chunk of which key is where.
+
+Its format is torch.distributed.checkpoint's ``Metadata``, pickled.
+"""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptoss_convert.dtypes import torch_dtype
+from gptoss_convert.errors import CheckpointError
+from gptoss_convert.types import TensorSpec
+from gptoss_plugins.megatron import safe_pickle
+from gptoss_plugins.megatron.folder import METADATA
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A stretch of a file, in bytes."""
+
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class StoredChunk:
+    """A box of a global tensor, and where its item is."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    at: Stored
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A key: its global shape and dtype, and its chunks."""
+
+    spec: TensorSpec
+    chunks: tuple[StoredChunk, ...]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All of a checkpoint: tensors by key, objects by name (None: not in a file of its own)."""
+
+    tensors: Mapping[str, Tensor]
+    objects: Mapping[str, Stored]
+
+
+def dump(contents: Contents) -> bytes:
+    """Pickle as torch.distributed.checkpoint does."""
+    import torch
+    from torch.distributed.checkpoint import metadata as dcp
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    states: dict[str, Any] = {}
+    places: dict[Any, Any] = {}
+    for key, tensor in contents.tensors.items():
+        boxes = [(torch.Size(c.offsets), torch.Size(c.sizes)) for c in tensor.chunks]
+        states[key] = dcp.TensorStorageMetadata(
+            properties=dcp.TensorProperties(dtype=torch_dtype(tensor.spec.dtype)),
+            size=torch.Size(tensor.spec.shape),
+            chunks=[dcp.ChunkStorageMetadata(offsets=o, sizes=s) for o, s in boxes],
+        )
+        for (offsets, _), chunk in zip(boxes, tensor.chunks, strict=True):
+            at = chunk.at
+            places[dcp.MetadataIndex(key, offsets)] = _StorageInfo(at.file, at.offset, at.length)
+    for name, at in contents.objects.items():
+        states[name] = dcp.BytesStorageMetadata()
+        places[dcp.MetadataIndex(name)] = _StorageInfo(at.file, at.offset, at.length)
+    optional = {"version": "1.0.0"} if "version" in {f.name for f in fields(dcp.Metadata)} else {}
+    metadata = dcp.Metadata(
+        state_dict_metadata=states, storage_data=places, storage_meta=dcp.StorageMeta(), **optional
+    )
+    return pickle.dumps(metadata, protocol=4)
+
+
+def load(folder: Path) -> Contents:
+    """Read a checkpoint's ``.metadata`` without executing anything.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or asks for what no checkpoint needs.
+
+    """
+    path = folder / METADATA
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); the checkpoint is incomplete"
+        ) from None
+    raw = safe_pickle.load(data, str(path))
+    try:
+        places = {
+            (str(index.fqn), _box(getattr(index, "offset", None))): _stored(info)
+            for index, info in raw.storage_data.items()
+        }
+        return _contents(raw.state_dict_metadata, places)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: is no checkpoint metadata ({error!r}); fetch it again"
+        ) from None
+
+
+def _contents(states: Any, places: Mapping[tuple[str, Any], Stored]) -> Contents:
+    tensors, objects = {}, {}
+    for key, state in states.items():
+        if hasattr(state, "chunks"):
+            chunks = tuple(_chunk(key, chunk, places) for chunk in state.chunks)
+            spec = TensorSpec(_box(state.size) or (), _dtype(state.properties))
+            tensors[str(key)] = Tensor(spec, chunks)
+        elif (key, None) in places:
+            objects[str(key)] = places[key, None]
+    return Contents(tensors, objects)
+
+
+def _chunk(key: str, raw: Any, places: Mapping[tuple[str, Any], Stored]) -> StoredChunk:
+    offsets, sizes = _box(raw.offsets) or (), _box(raw.sizes) or ()
+    at = places.get((key, offsets))
+    if at is None and not offsets:
+        at = places[key, None]
+    if at is None:
+        raise ValueError(f"the chunk of {key} at {list(offsets)} is in no file")
+    return StoredChunk(offsets, sizes, at)
+
+
+def _dtype(properties: Any) -> str:
+    """The element type: the first of TensorProperties' state."""
+    found = properties.state[0] if isinstance(properties.state, tuple) else properties.dtype
+    if not isinstance(found, str):
+        raise ValueError("a tensor without an element type")
+    return found
+
+
+def _box(raw: Any) -> tuple[int, ...] | None:
+    if raw is None:
+        return None
+    numbers = tuple(raw)
+    if not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError(f"sizes {numbers}")
+    return numbers
+
+
+def _stored(info: Any) -> Stored:
+    file, offset, length = info.relative_path, info.offset, info.length
+    if not isinstance(file, str) or Path(file).name != file:
+        raise ValueError(f"a chunk in {file!r}, which is no file name")
+    if not all(type(n) is int and n >= 0 for n in (offset, length)):
+        raise ValueError(f"a chunk at {offset}, {length} bytes long")
+    return Stored(file, offset, length)
+
+
+def files(contents: Contents) -> dict[str, int]:
+    """Every data file -> how long it must be at least."""
+    ends: dict[str, int] = {}
+    for at in _places(contents):
+        ends[at.file] = max(ends.get(at.file, 0), at.offset + at.length)
+    return ends
+
+
+def _places(contents: Contents) -> Iterable[Stored]:
+    yield from (chunk.at for tensor in contents.tensors.values() for chunk in tensor.chunks)
+    yield from contents.objects.values()

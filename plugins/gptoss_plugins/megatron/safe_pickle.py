@@ -1,0 +1,195 @@
+"""Reading the pickles of a Megatron checkpoint without executing anything.
+
+Every global a pickle may ask for is on a list here and is answered with an inert stand-in of ours;
+anything else is refused. No class of torch or Megatron is imported or called, so a stranger's
+pickle can at most build a tree of plain values.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from gptoss_convert.dtypes import from_torch_name
+from gptoss_convert.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+_STORAGES = {
+    "BFloat16Storage": "BF16",
+    "HalfStorage": "F16",
+    "FloatStorage": "F32",
+    "DoubleStorage": "F64",
+    "LongStorage": "I64",
+    "IntStorage": "I32",
+    "ShortStorage": "I16",
+    "CharStorage": "I8",
+    "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
+}
+
+
+class Inert:
+    """Stands for an object of another library: what it was built from, and its state."""
+
+    arguments: tuple[Any, ...] = ()
+    state: Any = None
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+        parts = state if isinstance(state, tuple) else (state,)
+        for part in parts:
+            if isinstance(part, dict):
+                self.__dict__.update((str(k), v) for k, v in part.items())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{self.arguments or ''}"
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """What a pickle says of a tensor: sizes and strides in elements, and which storage it is in."""
+
+    dtype: str
+    key: str
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _StorageRecord:
+    dtype: str
+    key: str
+    numel: int = field(default=0)
+
+
+def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> TensorRecord:
+    if not isinstance(storage, _StorageRecord):
+        raise ValueError("a tensor without a storage")
+    numbers = (offset, *shape, *strides)
+    if not all(type(n) is int for n in numbers) or len(shape) != len(strides):
+        raise ValueError(f"a tensor of shape {shape!r}")
+    return TensorRecord(storage.dtype, storage.key, offset, tuple(shape), tuple(strides))
+
+
+def _named(*names: Any) -> Any:
+    return names[0] if len(names) == 1 else names
+
+
+_DCP = "torch.distributed.checkpoint.metadata"
+_INERT = {
+    (_DCP, "Metadata"),
+    (_DCP, "TensorStorageMetadata"),
+    (_DCP, "TensorProperties"),
+    (_DCP, "ChunkStorageMetadata"),
+    (_DCP, "BytesStorageMetadata"),
+    (_DCP, "MetadataIndex"),
+    (_DCP, "StorageMeta"),
+    (_DCP, "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"),
+    ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"),
+    ("argparse", "Namespace"),
+    ("types", "SimpleNamespace"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
+    ("datetime", "timedelta"),
+    ("signal", "Signals"),
+}
+_ANSWERS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("collections", "OrderedDict"): dict,
+    ("collections", "defaultdict"): lambda *_: {},
+    ("builtins", "set"): set,
+    ("builtins", "frozenset"): frozenset,
+    ("builtins", "slice"): slice,
+    ("torch", "Size"): tuple,
+    ("torch", "device"): _named,
+    ("torch.serialization", "_get_layout"): _named,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
+}
+
+
+def _stand_in(module: str, name: str) -> Any:
+    """The answer to a global, or None if it is not on the list."""
+    if (module, name) in _ANSWERS:
+        return _ANSWERS[module, name]
+    if module == "torch" and name in _STORAGES:
+        return _STORAGES[name]
+    if (module, name) in _INERT or module.split(".")[0] == "megatron":
+        return type(name, (Inert,), {})
+    if module == "torch":
+        try:
+            return from_torch_name(name)
+        except UsageError:
+            return None
+    return None
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: bytes, where: str) -> None:
+        super().__init__(io.BytesIO(data))
+        self._where = where
+        self._known: dict[tuple[str, str], Any] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._known:
+            answer = _stand_in(module, name)
+            if answer is None:
+                raise CheckpointError(
+                    f"{self._where}: its pickle asks for {module}.{name}, which no checkpoint "
+                    f"needs; do not use this file"
+                )
+            self._known[module, name] = answer
+        return self._known[module, name]
+
+    def persistent_load(self, pid: Any) -> Any:
+        kind, dtype, key, _, numel = pid
+        if kind != "storage" or not isinstance(dtype, str) or not isinstance(key, str):
+            raise ValueError("an unknown persistent object")
+        return _StorageRecord(dtype, key, numel)
+
+
+def load(data: bytes, where: str) -> Any:
+    """Unpickle into plain values and inert stand-ins.
+
+    Raises:
+        CheckpointError: the pickle is damaged, or asks for something not on the list.
+
+    """
+    try:
+        return _Unpickler(data, where).load()
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise CheckpointError(
+            f"{where}: is no readable pickle ({error!r}); the file is damaged, fetch it again"
+        ) from None
+
+
+def load_tensor_record(data: bytes, where: str) -> TensorRecord:
+    """Unpickle what must be one tensor."""
+    record = load(data, where)
+    if not isinstance(record, TensorRecord):
+        raise CheckpointError(
+            f"{where}: holds {type(record).__name__} where a tensor is due; fetch it again"
+        )
+    return record
+
+
+def load_torch_file(path: Path) -> Any:
+    """Unpickle the object of a ``torch.save`` file; tensors in it stay TensorRecords."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (name,) = [n for n in archive.namelist() if n.endswith("/data.pkl")]
+            return load(archive.read(name), str(path))
+    except (OSError, ValueError, zipfile.BadZipFile, RuntimeError) as error:
+        raise CheckpointError(f"{path}: is no torch.save file ({error}); fetch it again") from None

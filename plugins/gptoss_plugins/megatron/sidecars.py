@@ -1,0 +1,194 @@
+"""The small files that make a folder of tensors a checkpoint for everyone who loads it.
+
+Megatron-LM reads ``common.pt`` and, when asked, its ``args``; Megatron-Bridge reads
+``run_config.yaml`` and the train state; megatron-core reads ``metadata.json`` and the content
+metadata. Field names are theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from gptoss_convert.dtypes import torch_dtype, torch_name
+from gptoss_convert.errors import CheckpointError
+from gptoss_plugins.megatron import safe_pickle
+from gptoss_plugins.megatron.folder import COMMON, RUN_CONFIG
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gptoss_convert.plan import ConversionPlan
+
+METADATA_JSON = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+COMMON_OBJECT = "common_state/shard_0_1"
+_ACTIVATIONS = {
+    "quick_gelu": "megatron.core.fusions.fused_bias_geglu.quick_gelu",
+    "silu": "torch.nn.functional.silu",
+    "gelu": "torch.nn.functional.gelu",
+}
+# Megatron-LM's argument -> the field it carries, where the two names differ.
+_ARGUMENTS = {
+    "num_experts": "num_moe_experts",
+    "max_position_embeddings": "seq_length",
+    "norm_epsilon": "layernorm_epsilon",
+    "rotary_scaling_factor": "yarn_rotary_scaling_factor",
+    "mscale": "yarn_mscale",
+    "mscale_all_dim": "yarn_mscale_all_dim",
+}
+
+
+def torch_bytes(value: Any) -> bytes:
+    """What ``torch.save`` writes for a value."""
+    import torch
+
+    out = io.BytesIO()
+    torch.save(value, out)
+    return out.getvalue()
+
+
+def metadata_json() -> bytes:
+    """The mark of completeness; also says that common state is in ``common.pt``."""
+    return json.dumps(METADATA_JSON).encode()
+
+
+def common_state(plan: ConversionPlan) -> dict[str, Any]:
+    """State that all ranks share. ``checkpoint_version`` 3.0 tells Megatron-LM not to reorder qkv."""
+    return {
+        "args": arguments(plan),
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "content_metadata": dict(CONTENT),
+    }
+
+
+def arguments(plan: ConversionPlan) -> argparse.Namespace:
+    """The model in Megatron-LM's command-line arguments, for ``--use-checkpoint-args``."""
+    fields = dict(plan.megatron_config)
+    activation = fields.pop("activation_func", None)
+    for argument, name in _ARGUMENTS.items():
+        if name in fields:
+            fields[argument] = fields[name]
+    if "window_size" in fields:
+        fields["window_size"] = tuple(fields["window_size"])
+    dtype = torch_dtype(plan.dtype)
+    return argparse.Namespace(
+        **fields,
+        add_position_embedding=True,
+        bf16=plan.dtype == "BF16",
+        fp16=plan.dtype == "F16",
+        ckpt_format="torch_dist",
+        expert_model_parallel_size=1,
+        expert_tensor_parallel_size=1,
+        group_query_attention=fields["num_query_groups"] != fields["num_attention_heads"],
+        padded_vocab_size=fields["vocab_size"],
+        params_dtype=dtype,
+        pipeline_model_parallel_size=1,
+        quick_geglu=activation == "quick_gelu",
+        swiglu=activation == "silu",
+        tensor_model_parallel_size=1,
+        untie_embeddings_and_output_weights=not fields["share_embeddings_and_output_weights"],
+        virtual_pipeline_model_parallel_size=None,
+    )
+
+
+def train_state() -> bytes:
+    """Megatron-Bridge's counters at the start of training; it needs every one of them."""
+    import torch
+
+    counters = ("step", "consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
+    state = {name: torch.tensor(0, dtype=torch.int64) for name in counters}
+    state["floating_point_operations_so_far"] = torch.tensor(0.0, dtype=torch.float64)
+    for name in ("do_train", "do_valid", "do_test"):
+        state[name] = torch.tensor(False)
+    return torch_bytes(state)
+
+
+def run_config(plan: ConversionPlan) -> bytes:
+    """``run_config.yaml`` for Megatron-Bridge: this model's values, and no path of this machine."""
+    import yaml
+
+    fields = dict(plan.megatron_config)
+    if (activation := fields.get("activation_func")) in _ACTIVATIONS:
+        fields["activation_func"] = {"_call_": False, "_target_": _ACTIVATIONS[activation]}
+    model = {
+        "_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider",
+        **fields,
+        "bf16": plan.dtype == "BF16",
+        "fp16": plan.dtype == "F16",
+        "params_dtype": {"_call_": False, "_target_": f"torch.{torch_name(plan.dtype)}"},
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        **({"hf_model_id": plan.name_or_path} if plan.name_or_path else {}),
+    }
+    document = {
+        "model": model,
+        "checkpoint": {"save_optim": False, "save_rng": False, "fully_parallel_save": True},
+        "tokenizer": {
+            "_target_": "megatron.bridge.training.tokenizers.config.TokenizerConfig",
+            "tokenizer_type": "HuggingFaceTokenizer",
+            "tokenizer_model": _tokenizer(plan),
+        },
+    }
+    return yaml.safe_dump(document, sort_keys=True).encode()
+
+
+def _tokenizer(plan: ConversionPlan) -> Any:
+    """The hub id, or the empty path by which Megatron-Bridge means the checkpoint's ``tokenizer/``."""
+    if plan.name_or_path:
+        return plan.name_or_path
+    return {"_target_": "megatron.bridge.training.model_load_save.Path"}
+
+
+def common_place(folder: Path, objects: Collection[str]) -> str:
+    """Where the common state is: a file (to megatron-core 0.18), or an object (from 0.19)."""
+    if (folder / COMMON).is_file():
+        return COMMON
+    return COMMON_OBJECT if COMMON_OBJECT in objects else "missing"
+
+
+def read_megatron_config(folder: Path) -> dict[str, Any] | None:
+    """The model's fields from ``run_config.yaml`` or from ``args``; None if neither is there."""
+    return _from_run_config(folder / RUN_CONFIG) or _from_arguments(folder / COMMON)
+
+
+def _from_run_config(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    import yaml
+
+    try:
+        model = yaml.safe_load(path.read_bytes())["model"]
+        fields = {k: v for k, v in model.items() if not k.startswith("_")}
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: is no run config ({error}); restore it") from None
+    activation = fields.get("activation_func")
+    if isinstance(activation, Mapping):
+        fields["activation_func"] = str(activation.get("_target_")).rsplit(".", 1)[-1]
+    return fields
+
+
+def _from_arguments(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    common = safe_pickle.load_torch_file(path)
+    args = common.get("args") if isinstance(common, dict) else None
+    if not isinstance(args, safe_pickle.Inert):
+        return None
+    fields = {k: v for k, v in vars(args).items() if not k.startswith("_")}
+    for argument, name in _ARGUMENTS.items():
+        if fields.get(argument) is not None:
+            fields.setdefault(name, fields[argument])
+    if "untie_embeddings_and_output_weights" in fields:
+        tied = not fields["untie_embeddings_and_output_weights"]
+        fields.setdefault("share_embeddings_and_output_weights", tied)
+    return fields

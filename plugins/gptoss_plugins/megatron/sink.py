@@ -1,0 +1,200 @@
+"""Writing a ``torch_dist`` checkpoint with no model, no process group and no megatron-core.
+
+One file per group of steps (what stands before the layers, each layer, what stands after). The
+place of every chunk is known before the first byte, so ``.metadata`` does not depend on who wrote
+what, when, or in how many attempts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gptoss_convert.blockio import WRITER_BYTES, BlockWriter, write_file
+from gptoss_convert.ops import split_row_major
+from gptoss_convert.plan import ConversionPlan, Group, Output
+from gptoss_convert.scratch import round_up
+from gptoss_convert.types import TensorSpec
+from gptoss_plugins.megatron import folder as names
+from gptoss_plugins.megatron import metadata, sidecars
+from gptoss_plugins.megatron.keys import (
+    Chunk,
+    chunks,
+    extra_state_modules,
+    extra_state_objects,
+    global_shape,
+    place,
+)
+from gptoss_plugins.megatron.torchzip import ALIGNMENT, Frame, frame
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+_METADATA_BYTES_PER_ENTRY = 512  # more than a pickled chunk or object takes
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A chunk, its dtype and frame, and where it goes."""
+
+    chunk: Chunk
+    frame: Frame
+    at: metadata.Stored
+
+
+class TorchDistSink:
+    """The root folder, with its one iteration."""
+
+    buffer_bytes = WRITER_BYTES
+
+    def __init__(self, folder: Path, plan: ConversionPlan) -> None:
+        self._plan = plan
+        self._root, self._folder = folder, folder / names.IMPORTED
+        self._layers = plan.megatron_config["num_layers"]
+        runs = itertools.groupby(plan.steps, key=lambda step: step.layer)
+        self.groups: Sequence[Group] = [
+            Group(f"__{number}_0.distcp", tuple(steps)) for number, (_, steps) in enumerate(runs)
+        ]
+        self._items = {group.name: dict(self._place(group)) for group in self.groups}
+
+    def _place(self, group: Group) -> Iterator[tuple[str, list[_Item]]]:
+        """Output name -> its items, one behind the other from the file's start."""
+        position = 0
+        for step in group.steps:
+            for output in step.outputs:
+                items = []
+                for chunk in chunks(output, step.rule.shard):
+                    around = frame(TensorSpec(chunk.sizes, output.spec.dtype))
+                    at = metadata.Stored(group.name, position, around.nbytes)
+                    items.append(_Item(chunk, around, at))
+                    position = round_up(position + around.nbytes, ALIGNMENT)
+                yield output.name, items
+
+    def _file_bytes(self, group: Group) -> int:
+        last = max(
+            (i.at for items in self._items[group.name].values() for i in items),
+            key=lambda at: at.offset,
+        )
+        return last.offset + last.length
+
+    @property
+    def nbytes(self) -> int:
+        """Data files to the byte; an upper bound of the rest."""
+        data = sum(map(self._file_bytes, self.groups))
+        entries = sum(2 * len(i) for items in self._items.values() for i in items.values())
+        modules = extra_state_modules(self._outputs())
+        entries += sum(
+            1 for m, o in modules.items() for _ in extra_state_objects(m, o, self._layers)
+        )
+        companions = sum(path.stat().st_size for path in self._plan.files.values())
+        return data + entries * _METADATA_BYTES_PER_ENTRY + companions + (1 << 18)
+
+    def done(self, group: Group) -> bool:
+        """A data file under its final name is whole: it gets that name last."""
+        return (self._folder / group.name).exists()
+
+    def open(self, group: Group) -> GroupFile:
+        """Start a data file."""
+        self._folder.mkdir(exist_ok=True)
+        writer = BlockWriter(self._folder / group.name, self._file_bytes(group))
+        return GroupFile(writer, self._items[group.name])
+
+    def finish(self) -> None:
+        """Small files, then ``.metadata``, then the mark of completeness, then the trackers."""
+        folder, plan = self._folder, self._plan
+        for name, path in plan.files.items():
+            write_file(folder / names.companion_place(name), path.read_bytes())
+        write_file(folder / names.RUN_CONFIG, sidecars.run_config(plan))
+        write_file(folder / names.TRAIN_STATE, sidecars.train_state())
+        common = sidecars.torch_bytes(sidecars.common_state(plan))
+        write_file(folder / names.COMMON, common)
+        write_file(folder / names.METADATA, metadata.dump(self._contents()))
+        write_file(folder / names.MARK, sidecars.metadata_json())
+        write_file(self._root / names.LATEST_TRAIN_STATE, sidecars.train_state())
+        write_file(self._root / names.TRACKER, b"0")
+
+    def _outputs(self) -> list[Output]:
+        return [output for step in self._plan.steps for output in step.outputs]
+
+    def _contents(self) -> metadata.Contents:
+        return metadata.Contents(self._tensors(), self._objects())
+
+    def _tensors(self) -> dict[str, metadata.Tensor]:
+        """Keys in order of first appearance; further names of a tensor share its bytes."""
+        specs: dict[str, TensorSpec] = {}
+        boxes: dict[str, list[metadata.StoredChunk]] = {}
+        for group in self.groups:
+            for output in (o for step in group.steps for o in step.outputs):
+                items = self._items[group.name][output.name]
+                for name in (output.name, *output.also):
+                    key = place(name).key
+                    shape = global_shape(output, self._layers)
+                    specs[key] = TensorSpec(shape, output.spec.dtype)
+                    boxes.setdefault(key, []).extend(
+                        metadata.StoredChunk(i.chunk.offsets, i.chunk.sizes, i.at) for i in items
+                    )
+        return {key: metadata.Tensor(spec, tuple(boxes[key])) for key, spec in specs.items()}
+
+    def _objects(self) -> dict[str, metadata.Stored]:
+        """Every ``_extra_state`` is the same empty object, so all share one copy of its bytes."""
+        data = sidecars.torch_bytes([None])
+        write_file(self._folder / "__extra_state.distcp", data)
+        at = metadata.Stored("__extra_state.distcp", 0, len(data))
+        modules = extra_state_modules(self._outputs())
+        return {
+            name: at
+            for module, output in modules.items()
+            for name in extra_state_objects(module, output, self._layers)
+        }
+
+
+class GroupFile:
+    """One data file: the items of a group's outputs, in order."""
+
+    def __init__(self, writer: BlockWriter, items: Mapping[str, list[_Item]]) -> None:
+        self._writer = writer
+        self._left = {name: list(found) for name, found in items.items()}
+        self._checksum = 0
+        self._missing = 0  # bytes of data the item under way still needs
+
+    def write(self, name: str, rows: slice, tensor: Tensor) -> None:
+        """Spread a piece over the items it covers, or continue the item it is part of."""
+        nbytes = tensor.numel() * tensor.element_size()
+        left = self._left[name]
+        room = self._missing or left[0].frame.data_bytes
+        if nbytes <= room:
+            self._append_part(left, tensor, nbytes)
+        elif nbytes % room == 0:
+            for part in split_row_major(tensor, nbytes // room):
+                self._append_part(left, part, room)
+        else:  # a piece across the end of an item that was cut for its size
+            count = room // (nbytes // tensor.shape[0])
+            self.write(name, rows, tensor[:count])
+            self.write(name, rows, tensor[count:])
+
+    def _append_part(self, left: list[_Item], part: Tensor, nbytes: int) -> None:
+        item = left[0]
+        if not self._missing:
+            self._writer.append_bytes(bytes(item.at.offset - self._writer.position))
+            self._writer.append_bytes(item.frame.head)
+            self._checksum, self._missing = 0, item.frame.data_bytes
+        self._checksum = self._writer.append(part, self._checksum)
+        self._missing -= nbytes
+        if not self._missing:
+            self._writer.append_bytes(item.frame.tail(self._checksum))
+            left.pop(0)
+
+    def close(self) -> None:
+        """Put the file in place."""
+        if self._missing or any(self._left.values()):
+            self.abort()
+            raise RuntimeError("a data file was closed before all of it was written")
+        self._writer.close()
+
+    def abort(self) -> None:
+        """Leave nothing behind."""
+        self._writer.abort()

@@ -1,0 +1,214 @@
+"""Reading a ``torch_dist`` checkpoint, without megatron-core, a process group, or whole tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+from gptoss_convert.blockio import BlockReader
+from gptoss_convert.dtypes import itemsize, torch_dtype
+from gptoss_convert.errors import CheckpointError, PlanError
+from gptoss_convert.scratch import Scratch
+from gptoss_convert.types import Config, TensorSpec
+from gptoss_plugins.huggingface.headers import read_json
+from gptoss_plugins.megatron import metadata, sidecars
+from gptoss_plugins.megatron.folder import MARK, METADATA, companions, iteration_folder
+from gptoss_plugins.megatron.keys import is_stacked, is_weight, parameter
+from gptoss_plugins.megatron.torchzip import Item, read_item, strides
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
+
+
+class TorchDistSource:
+    """A distributed checkpoint of megatron-core; root or iteration folder."""
+
+    def __init__(self, folder: Path) -> None:
+        iteration = iteration_folder(folder)
+        if iteration is None:
+            raise CheckpointError(f"{folder}: holds no torch_dist checkpoint; check the path")
+        for name in (METADATA, MARK):
+            if not (iteration / name).is_file():
+                raise CheckpointError(
+                    f"{iteration}: has no {name}, so it was not written to the end; write it again"
+                )
+        self.path = folder
+        self.iteration = iteration
+        self.contents = metadata.load(iteration)
+        self._specs, self._places = _parameters(self.contents)
+        self._readers: dict[str, BlockReader] = {}
+        self._opening = threading.Lock()
+
+    @property
+    def files(self) -> Mapping[str, Path]:
+        """Hugging Face companions that the import carried along."""
+        return companions(self.iteration)
+
+    @property
+    def config(self) -> Config | None:
+        """Hugging Face's config, if the import carried it along."""
+        path = self.files.get("config.json")
+        return read_json(path) if path else None
+
+    @property
+    def megatron_config(self) -> Config | None:
+        """From ``run_config.yaml``, or from the ``args`` of plain Megatron-LM."""
+        return sidecars.read_megatron_config(self.iteration)
+
+    def describe(self) -> Mapping[str, Any]:
+        """Iteration, how layers are keyed, how many chunks and objects, training state."""
+        tensors, objects = self.contents.tensors, self.contents.objects
+        stacked = any(is_stacked(key) for key in tensors)
+        return {
+            "iteration": self.iteration.name,
+            "layers": "stacked keys" if stacked else "one key per layer",
+            "keys": len(tensors),
+            "chunks": sum(len(tensor.chunks) for tensor in tensors.values()),
+            "files": len(metadata.files(self.contents)),
+            "extra_state_objects": sum("._extra_state/" in name for name in objects),
+            "optimizer_state": any(not is_weight(name) for name in tensors),
+            "common_state": sidecars.common_place(self.iteration, objects),
+            "companions": sorted(self.files),
+        }
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Weights by parameter name; optimizer and other training state left out."""
+        return self._specs
+
+    def check(self) -> None:
+        """Every data file is there and long enough."""
+        problems = []
+        for file, least in metadata.files(self.contents).items():
+            path = self.iteration / file
+            size = path.stat().st_size if path.is_file() else None
+            if size is None:
+                problems.append(f"{file}: is missing; copy the whole checkpoint again")
+            elif size < least:
+                problems.append(
+                    f"{file}: is cut short ({size} bytes, at least {least} are due); copy it again"
+                )
+        if problems:
+            raise PlanError(str(self.iteration), problems)
+
+    def fingerprint(self) -> str:
+        """From the metadata, sizes and times of change; reads no data."""
+        digest = hashlib.sha256((self.iteration / METADATA).read_bytes())
+        for file in sorted(metadata.files(self.contents)):
+            stat = os.stat(self.iteration / file)
+            digest.update(f"{file}:{stat.st_size}:{stat.st_mtime_ns}:".encode())
+        for name, path in self.files.items():
+            digest.update(name.encode() + path.read_bytes())
+        return digest.hexdigest()
+
+    def read(self, name: str, rows: slice | None = None, scratch: Scratch | None = None) -> Tensor:
+        """The parameter, or ``rows`` of its dim 0, put together from the chunks it is stored in."""
+        key, layer = self._places[name]
+        shape = self._specs[name].shape
+        if rows is not None:
+            first, stop, _ = rows.indices(shape[0])
+            box = ((first, *(0 for _ in shape[1:])), (stop - first, *shape[1:]))
+        else:
+            box = (tuple(0 for _ in shape), shape)
+        if layer is not None:
+            box = ((layer, *box[0]), (1, *box[1]))
+        found = self._read_box(key, box, scratch or Scratch())
+        return found[0] if layer is not None else found
+
+    def _read_box(self, key: str, box: Box, scratch: Scratch) -> Tensor:
+        tensor = self.contents.tensors[key]
+        dtype = torch_dtype(tensor.spec.dtype)
+        parts = list(_overlaps(tensor.chunks, box))
+        if sum(_numel(common[1]) for _, common in parts) != _numel(box[1]):
+            raise CheckpointError(
+                f"{self.iteration}: the chunks of {key} do not cover it exactly; write it again"
+            )
+        if len(parts) == 1:
+            return self._read_common(key, *parts[0], scratch)
+        whole = scratch.take(_numel(box[1]) * itemsize(tensor.spec.dtype)).view(dtype).view(box[1])
+        mark = scratch.mark()
+        for chunk, common in parts:
+            target = whole
+            for axis, (start, size) in enumerate(zip(*common, strict=True)):
+                target = target.narrow(axis, start - box[0][axis], size)
+            target.copy_(self._read_common(key, chunk, common, scratch))
+            scratch.release(mark)
+        return whole
+
+    def _read_common(
+        self, key: str, chunk: metadata.StoredChunk, common: Box, scratch: Scratch
+    ) -> Tensor:
+        """The part ``common`` of a chunk: from the first to the last byte it needs, then a view."""
+        reader = self._reader(chunk.at.file)
+        item = read_item(reader, chunk.at.offset, chunk.at.length)
+        spec = self.contents.tensors[key].spec
+        if item.shape != chunk.sizes or item.dtype != spec.dtype:
+            raise CheckpointError(
+                f"{reader.path}: holds {item.dtype} {list(item.shape)} where {METADATA} places "
+                f"{spec.dtype} {list(chunk.sizes)} of {key}; fetch the checkpoint again"
+            )
+        inner = [c - o for c, o in zip(common[0], chunk.offsets, strict=True)]
+        return _view(reader, item, inner, common[1], scratch)
+
+    def _reader(self, file: str) -> BlockReader:
+        with self._opening:
+            if file not in self._readers:
+                self._readers[file] = BlockReader(self.iteration / file)
+            return self._readers[file]
+
+
+def _view(
+    reader: BlockReader, item: Item, inner: Sequence[int], sizes: Sequence[int], scratch: Scratch
+) -> Tensor:
+    width = itemsize(item.dtype)
+    first = sum(i * s for i, s in zip(inner, item.strides, strict=True))
+    last = first + sum((n - 1) * s for n, s in zip(sizes, item.strides, strict=True))
+    data = reader.read(item.start + first * width, (last - first + 1) * width, scratch)
+    if data.storage_offset() % width:
+        data = scratch.copy(data)
+    flat = data.view(torch_dtype(item.dtype))
+    if item.strides == strides(item.shape) and _numel(sizes) == flat.numel():
+        return flat.view(tuple(sizes))
+    return flat.as_strided(tuple(sizes), item.strides, flat.storage_offset())
+
+
+def _overlaps(
+    chunks: Sequence[metadata.StoredChunk], box: Box
+) -> Iterator[tuple[metadata.StoredChunk, Box]]:
+    """Chunks that share elements with a box, and what they share."""
+    for chunk in chunks:
+        low = [max(a, b) for a, b in zip(chunk.offsets, box[0], strict=True)]
+        high = [
+            min(a + n, b + m) for a, n, b, m in zip(chunk.offsets, chunk.sizes, *box, strict=True)
+        ]
+        if all(h > lo for h, lo in zip(high, low, strict=True)):
+            yield chunk, (tuple(low), tuple(h - lo for h, lo in zip(high, low, strict=True)))
+
+
+def _numel(sizes: Sequence[int]) -> int:
+    count = 1
+    for size in sizes:
+        count *= size
+    return count
+
+
+def _parameters(
+    contents: metadata.Contents,
+) -> tuple[dict[str, TensorSpec], dict[str, tuple[str, int | None]]]:
+    """Specs by parameter name, and the (key, row of its layer axis) where each stands."""
+    specs, places = {}, {}
+    for key, tensor in contents.tensors.items():
+        if not is_weight(key):
+            continue
+        shape, dtype = tensor.spec.shape, tensor.spec.dtype
+        for layer in range(shape[0]) if is_stacked(key) else (None,):
+            name = parameter(key, layer)
+            specs[name] = TensorSpec(shape[1:] if layer is not None else shape, dtype)
+            places[name] = (key, layer)
+    return specs, places
