@@ -10,7 +10,6 @@ import errno
 import os
 import queue
 import threading
-import zlib
 from typing import TYPE_CHECKING
 
 from gptoss_convert.errors import CheckpointError
@@ -32,6 +31,10 @@ _CACHED_ONLY = getattr(os, "RWF_NOWAIT", 0)
 
 def _buffer(tensor: Tensor) -> memoryview:
     return memoryview(tensor.numpy())  # type: ignore[arg-type]
+
+
+def _row_bytes(tensor: Tensor) -> int:
+    return tensor[0].numel() * tensor.element_size()
 
 
 class BlockReader:
@@ -152,58 +155,44 @@ class BlockWriter:
             self._advance(count)
             view = view[count:]
 
-    def append(self, tensor: Tensor, checksum: int = 0) -> int:
-        """Take a tensor's elements in row-major order, whatever its strides.
-
-        Returns:
-            The running CRC-32 of the bytes, continued from ``checksum``.
-
-        """
+    def append(self, tensor: Tensor) -> None:
+        """Take a tensor's elements in row-major order, whatever its strides."""
         import torch
 
         if tensor.is_contiguous():
-            return self._append_flat(tensor.reshape(-1).view(torch.uint8), checksum)
-        row_bytes = tensor[0].numel() * tensor.element_size()
-        if tensor.dim() == 1 or row_bytes > SLOT or self._fill % tensor.element_size():
-            parts = (tensor.contiguous(),) if tensor.dim() == 1 else tensor.unbind(0)
-            for part in parts:
-                checksum = self.append(part.contiguous() if part.dim() == 1 else part, checksum)
-            return checksum
-        return self._append_rows(tensor, row_bytes, checksum)
+            self._append_flat(tensor.reshape(-1).view(torch.uint8))
+        elif tensor.dim() == 1:
+            self.append(tensor.contiguous())
+        elif (size := _row_bytes(tensor)) > SLOT or self._fill % tensor.element_size():
+            for part in tensor.unbind(0):
+                self.append(part)
+        else:
+            self._append_rows(tensor, size)
 
-    def _append_flat(self, data: Tensor, checksum: int) -> int:
+    def _append_flat(self, data: Tensor) -> None:
         done = 0
         while done < data.numel():
             count = min(SLOT - self._fill, data.numel() - done)
-            self._slots[self._slot][self._fill : self._fill + count].copy_(
-                data[done : done + count]
-            )
-            checksum = self._take(count, checksum)
+            self._room(count).copy_(data[done : done + count])
+            self._advance(count)
             done += count
-        return checksum
 
-    def _append_rows(self, tensor: Tensor, row_bytes: int, checksum: int) -> int:
+    def _append_rows(self, tensor: Tensor, row_bytes: int) -> None:
         """As many whole rows at a time as the slot has room for; a row across slots by itself."""
         done, rows = 0, tensor.shape[0]
         while done < rows:
             count = min((SLOT - self._fill) // row_bytes, rows - done)
             if count == 0:
-                checksum = self.append(tensor[done].contiguous(), checksum)
+                self.append(tensor[done].contiguous())
                 done += 1
                 continue
-            room = self._slots[self._slot][self._fill : self._fill + count * row_bytes]
-            room.view(tensor.dtype).view(count, *tensor.shape[1:]).copy_(
-                tensor[done : done + count]
-            )
-            checksum = self._take(count * row_bytes, checksum)
+            part = tensor[done : done + count]
+            self._room(count * row_bytes).view(tensor.dtype).view(part.shape).copy_(part)
+            self._advance(count * row_bytes)
             done += count
-        return checksum
 
-    def _take(self, count: int, checksum: int) -> int:
-        """Account for ``count`` bytes just put into the slot."""
-        checksum = zlib.crc32(self._views[self._slot][self._fill : self._fill + count], checksum)
-        self._advance(count)
-        return checksum
+    def _room(self, count: int) -> Tensor:
+        return self._slots[self._slot][self._fill : self._fill + count]
 
     def _advance(self, count: int) -> None:
         self._fill += count

@@ -26,7 +26,6 @@ from gptoss_convert.errors import (
 )
 from gptoss_convert.execute import (
     DEFAULT_MAX_MEMORY,
-    Budget,
     Executor,
     Progress,
     default_workers,
@@ -91,10 +90,6 @@ class Conversion:
     def sink(self, folder: Path) -> TensorSink:
         """The sink that would write to ``folder``; touches no disk."""
         return self.target_format.create(folder, self.plan)
-
-    def budget(self, workers: int | None = None, max_memory: int = DEFAULT_MAX_MEMORY) -> Budget:
-        """How the work is cut; raises ResourceError if it cannot fit ``max_memory`` bytes."""
-        return make_budget(self.sink(Path()), workers or default_workers(), max_memory)
 
     def run(
         self,

@@ -9,6 +9,7 @@ import click
 
 from gptoss_convert.convert import RESIDENT, Conversion, Result
 from gptoss_convert.errors import MOST_SHOWN
+from gptoss_convert.execute import default_workers, make_budget
 from gptoss_convert.registry import KINDS, Registry
 from gptoss_convert.staging import free_bytes, human
 
@@ -20,13 +21,14 @@ def describe_plan(
     conversion: Conversion, target: Path, workers: int | None, max_memory: int
 ) -> dict[str, Any]:
     """The plan, and what it takes on this machine."""
-    budget = conversion.budget(workers, max_memory)
+    sink = conversion.sink(Path())
+    budget = make_budget(sink, workers or default_workers(), max_memory)
     return {
         **conversion.plan.to_json(),
         "source": str(conversion.source.path),
         "target": str(target) if target.name else None,
         "target_format": conversion.target_format.name,
-        "disk_needed": conversion.sink(Path()).nbytes,
+        "disk_needed": sink.nbytes,
         "disk_free": free_bytes(target / "x" if not target.name else target),
         "workers": budget.workers,
         "memory_in_flight": budget.in_flight,

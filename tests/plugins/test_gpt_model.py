@@ -322,13 +322,35 @@ def test_impossible_windows_are_refused(gpt: Any, case: SimpleNamespace, field: 
 # --- a GPU, where there is one -------------------------------------------------------------------
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@torch.no_grad()
-def test_the_same_on_cuda(gpt: Any, case: SimpleNamespace) -> None:
+@pytest.fixture
+def cuda(gpt: Any) -> Iterator[torch.device]:
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
     gpt.shut_down_parallel()
-    device = gpt.initialize_parallel(device="cuda")
-    model = gpt.build_gpt_model(case.fields, dtype=torch.float32, device=device)
-    assert error(run(fill(model, case.tensors), case.ids), case.logits) < 1e-5
+    yield gpt.initialize_parallel(device="cuda")
     gpt.shut_down_parallel()
     gpt.initialize_parallel(device="cpu")
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_logits_on_cuda(gpt: Any, case: SimpleNamespace, cuda: torch.device) -> None:
+    model = gpt.build_gpt_model(case.fields, dtype=torch.float32, device=cuda)
+    assert error(run(fill(model, case.tensors), case.ids), case.logits) < 1e-5
+
+
+@pytest.mark.gpu
+def test_one_kernel_for_all_experts(cuda: torch.device) -> None:
+    from gptoss_plugins.gpt_model.experts import grouped_linear
+
+    counts = torch.tensor([5, 0, 30, 2])
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(37, 64), (4, 48, 64), (4, 48)]
+    x, weight, bias = (torch.randn(s, generator=generator, requires_grad=True) for s in shapes)
+    twins = [t.detach().to(cuda, torch.bfloat16).requires_grad_() for t in (x, weight, bias)]
+    for one, device in (((x, weight, bias), "cpu"), (twins, cuda)):
+        y = grouped_linear(*one, counts)
+        y.backward(torch.ones(37, 48, dtype=y.dtype, device=device))
+        assert error(y.detach().float(), grouped_linear(x, weight, bias, counts).detach()) < 1e-2
+    for mine, theirs in zip(twins, (x, weight, bias), strict=True):
+        assert error(mine.grad.float(), theirs.grad) < 1e-2

@@ -1,6 +1,6 @@
 """Load a torch_dist checkpoint at some parallel layout and hold it against Hugging Face's.
 
-Run by torchrun, on CPUs:
+Run by torchrun, on CPUs (or, with ``--device cuda``, on as many GPUs):
 
     torchrun --nproc_per_node=4 load_and_compare.py --checkpoint ROOT/iter_0000000 \\
         --hf-model HF --tp 2 --pp 2 --ep 1
@@ -26,6 +26,7 @@ warnings.filterwarnings("ignore")
 
 import torch
 import torch.distributed as dist
+import yaml
 from cpu_shim import cuda_means_cpu
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
@@ -58,6 +59,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-length", type=int, default=300)
     parser.add_argument("--spec", choices=("ours", "stock-local"), default="ours")
     parser.add_argument("--sequence-parallel", action="store_true")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dispatcher", default="allgather", help="alltoall needs CUDA")
+    parser.add_argument("--run-config", action="store_true", help="take the sizes from the import")
     return parser.parse_args()
 
 
@@ -106,14 +110,14 @@ def check_parameters(model: GPTModel, folder: Path, whole: dict[str, Tensor]) ->
     wrong = []
     for piece in held:
         part = expected(whole, piece.key)[piece.global_slice()]
-        if not torch.equal(part.to(piece.data.dtype), piece.data):
+        if not torch.equal(part.to(piece.data.dtype), piece.data.cpu()):
             wrong.append(f"{piece.key} at {piece.global_offset}")
     return {"pieces": len(held), "unequal": wrong}
 
 
 def logits(model: GPTModel, ids: Tensor) -> Tensor | None:
     """``[batch, tokens, vocabulary]`` on the last pipeline stage."""
-    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     if parallel_state.get_pipeline_model_parallel_world_size() == 1:
         return model(ids, positions, None)
     outputs: list[Tensor] = []
@@ -138,22 +142,33 @@ def logits(model: GPTModel, ids: Tensor) -> Tensor | None:
     return outputs[0] if outputs else None
 
 
-def examine(args: argparse.Namespace) -> dict[str, Any]:
+def examine(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """What this rank finds: pieces, unequal ones, logits."""
     config = json.loads((args.hf_model / "config.json").read_text())
     fields, dtype = megatron_fields(config), getattr(torch, args.dtype)
+    if args.run_config:
+        fields = yaml.safe_load((args.checkpoint / "run_config.yaml").read_text())["model"]
     if args.spec == "stock-local":
         model = stock_model(fields, dtype)
         load_as_megatron_does(model, args.checkpoint)
     else:
-        model = build_gpt_model(fields, dtype=dtype, sequence_parallel=args.sequence_parallel)
+        model = build_gpt_model(
+            fields,
+            dtype=dtype,
+            device=device,
+            sequence_parallel=args.sequence_parallel,
+            overrides={"moe_token_dispatcher_type": args.dispatcher},
+        )
         load_checkpoint(model, args.checkpoint)
     state = {
         k: v for file in args.hf_model.glob("*.safetensors") for k, v in load_file(file).items()
     }
     result = check_parameters(model, args.checkpoint, megatron_tensors(config, state))
-    ids = prompt(config["vocab_size"], args.prompt_length)
-    return result | {"logits": logits(model.eval(), ids) if args.spec == "ours" else None}
+    if args.spec == "stock-local":
+        return result | {"logits": None}
+    ids = prompt(config["vocab_size"], args.prompt_length).to(device)
+    made = logits(model.eval(), ids)
+    return result | {"logits": None if made is None else made.cpu()}
 
 
 def reference(args: argparse.Namespace) -> Tensor:
@@ -183,10 +198,11 @@ def main() -> int:
     args = arguments()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    initialize_parallel(args.tp, args.pp, args.ep, device="cpu")
-    needs_shim = dist.get_world_size() > 1 or args.spec == "stock-local"
-    with cuda_means_cpu() if needs_shim else contextlib.nullcontext():
-        mine = examine(args)
+    device = initialize_parallel(args.tp, args.pp, args.ep, device=args.device)
+    needs_cuda = dist.get_world_size() > 1 or args.spec == "stock-local"
+    shim = cuda_means_cpu if needs_cuda and device.type == "cpu" else contextlib.nullcontext
+    with shim():
+        mine = examine(args, device)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     rank = dist.get_rank()

@@ -89,6 +89,7 @@ class SinkAttention(MegatronModule):  # type: ignore[misc]  # megatron-core is u
 
         Returns:
             ``[s, b, n * d]`` in the dtype of ``value``.
+
         """
         if attention_bias is not None or packed_seq_params is not None:
             raise NotImplementedError("SinkAttention takes neither a bias nor packed sequences")

@@ -69,6 +69,7 @@ def build_gpt_model(
 
     Raises:
         gptoss_convert.errors.ConfigError: a field is missing, unsupported or does not divide.
+
     """
     device = torch.device(device)
     config = make_config(

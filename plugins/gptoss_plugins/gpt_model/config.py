@@ -156,6 +156,7 @@ def make_config(
     Raises:
         ConfigError: listing every field that is missing, contradicts the modules here, or does
             not divide by the parallel layout.
+
     """
     if problems := [*_missing(fields), *_contradictions(fields)]:
         raise ConfigError("Megatron config: " + "; ".join(problems))

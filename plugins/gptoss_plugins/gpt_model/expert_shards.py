@@ -33,6 +33,7 @@ class ExpertRange:
         count: how many it holds.
         total: how many there are.
         replica: the rank's place among those that hold the same experts.
+
     """
 
     first: int
@@ -61,6 +62,7 @@ def stack_factory(
         halves: chunks per expert along the rows.
         experts: which experts the stack holds.
         layer: offsets of the axes before the expert axis; none, or that of the layer.
+
     """
     return ShardedTensorFactory(
         key, stack, _cutter(halves, experts, tuple(layer)), _joiner(stack), experts.replica_id

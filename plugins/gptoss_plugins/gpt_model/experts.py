@@ -34,6 +34,7 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tenso
 
     Returns:
         ``[T, N]`` in the dtype of ``x``.
+
     """
     if _one_kernel(x, weight):
         rows = counts.to(x.device)

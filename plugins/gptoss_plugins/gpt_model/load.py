@@ -37,6 +37,7 @@ def load_checkpoint(model: GPTModel, folder: str | Path) -> None:
     Raises:
         CheckpointError: there is no distributed checkpoint.
         PlanError: its tensors are not the model's; all misfits are listed.
+
     """
     place = iteration_folder(Path(folder))
     wanted = {

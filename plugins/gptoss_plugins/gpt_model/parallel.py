@@ -34,6 +34,7 @@ def initialize_parallel(
 
     Returns:
         This rank's device.
+
     """
     place = _join_world(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     parallel_state.initialize_model_parallel(

@@ -22,7 +22,7 @@ class PlainRouter(TopKRouter):  # type: ignore[misc]  # megatron-core is untyped
     its input, as transformers' ``GptOssTopKRouter`` does.
     """
 
-    def gating(self, input: Tensor) -> Tensor:  # noqa: A002  # the parent's name  # the parent's name
+    def gating(self, input: Tensor) -> Tensor:  # noqa: A002  # the parent's name
         """Logits ``[..., experts]`` of hidden states ``[..., hidden]``."""
         dtype = _GATE_DTYPES.get(self.config.moe_router_dtype, input.dtype)
         bias = None if self.bias is None else self.bias.to(dtype)

@@ -158,7 +158,6 @@ class GroupFile:
     def __init__(self, writer: BlockWriter, items: Mapping[str, list[_Item]]) -> None:
         self._writer = writer
         self._left = {name: list(found) for name, found in items.items()}
-        self._checksum = 0
         self._missing = 0  # bytes of data the item under way still needs
 
     def write(self, name: str, rows: slice, tensor: Tensor) -> None:
@@ -181,11 +180,11 @@ class GroupFile:
         if not self._missing:
             self._writer.append_bytes(bytes(item.at.offset - self._writer.position))
             self._writer.append_bytes(item.frame.head)
-            self._checksum, self._missing = 0, item.frame.data_bytes
-        self._checksum = self._writer.append(part, self._checksum)
+            self._missing = item.frame.data_bytes
+        self._writer.append(part)
         self._missing -= nbytes
         if not self._missing:
-            self._writer.append_bytes(item.frame.tail(self._checksum))
+            self._writer.append_bytes(item.frame.tail)
             left.pop(0)
 
     def close(self) -> None:

@@ -2,8 +2,8 @@
 
 Such an item is a zip archive of stored (uncompressed) records: a pickle that rebuilds the tensor,
 and its bytes. Written here byte by byte, so that data can flow through without ever being whole
-in memory, the bytes do not depend on torch's version, and every checksum is right. Read here
-without executing anything, so that part of an item can be read.
+in memory and the bytes do not depend on torch's version. Read here without executing anything, so
+that part of an item can be read.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import io
 import pickle
 import struct
 import zlib
-from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gptoss_convert.dtypes import itemsize
 from gptoss_convert.errors import CheckpointError
@@ -28,20 +27,18 @@ if TYPE_CHECKING:
     from gptoss_convert.types import TensorSpec
 
 ALIGNMENT = 64  # of an item in its file, and of the data in the item, as torch.save aligns it
-_ROOT = "archive/"
 _STORAGE = {
     "BF16": "BFloat16Storage",
     "F16": "HalfStorage",
     "F32": "FloatStorage",
     "F64": "DoubleStorage",
 }
-# Zip records (PKWARE APPNOTE 6.3): local header, data descriptor, central entry, end of directory.
+# Zip records (PKWARE APPNOTE 6.3): local header, central entry, end of directory.
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
-_DESCRIPTOR = struct.Struct("<4sIII")
 _CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
 _END = struct.Struct("<4sHHHHIIH")
 _EXTRA = struct.Struct("<2sH")
-_SIZE_LATER, _UTF8 = 0x8, 0x800  # flags: checksum in a descriptor after the data; names in UTF-8
+_UTF8 = 0x800
 _DOS_DATE = 0x21  # 1 January 1980, the earliest there is: the bytes must not depend on the clock
 
 
@@ -51,54 +48,41 @@ class _Record:
     offset: int
     size: int
     checksum: int
-    flags: int
 
 
 class Frame:
-    """The bytes around a tensor's data: ``head``, then the data, then ``tail(checksum)``.
+    """The bytes around a tensor's data.
+
+    The data's checksum is left 0, as ``torch.serialization.set_crc32_options(False)`` leaves it:
+    torch never checks it, and computing it costs as much as all the rest of a conversion.
 
     Args:
         spec: the tensor; its data must stay under 4 GiB.
 
+    Attributes:
+        head: what goes before the data.
+        tail: what goes behind it.
+        data_bytes: length of the data.
+        nbytes: length of the whole item.
     """
 
     def __init__(self, spec: TensorSpec) -> None:
-        self._spec = spec
-        self._small: list[_Record] = []
+        records = []
         out = io.BytesIO()
         for name, data in (
             ("data.pkl", _rebuild_pickle(spec)),
             ("byteorder", b"little"),
             ("version", b"3\n"),
         ):
-            self._small.append(_small_record(out, name, data))
-        self._data_offset = out.tell()
-        out.write(_local_header(self._data_record(0)))
+            record = _Record(_named(name), out.tell(), len(data), zlib.crc32(data))
+            out.write(_local_header(record) + data)
+            records.append(record)
+        records.append(_Record(_named("data/0"), out.tell(), spec.nbytes, 0))
+        out.write(_local_header(records[-1]))
         self.head = out.getvalue()
-
-    @property
-    def data_bytes(self) -> int:
-        """Length of the tensor's data."""
-        return self._spec.nbytes
-
-    @property
-    def nbytes(self) -> int:
-        """Length of the whole item."""
-        return len(self.head) + self._spec.nbytes + len(self.tail(0))
-
-    def tail(self, checksum: int) -> bytes:
-        """What follows the data, whose CRC-32 is ``checksum``."""
-        records = [*self._small, self._data_record(checksum)]
-        size = self._spec.nbytes
-        descriptor = _DESCRIPTOR.pack(b"PK\7\10", checksum, size, size)
-        directory = b"".join(map(_central_entry, records))
-        start = len(self.head) + size + len(descriptor)
-        end = _END.pack(b"PK\5\6", 0, 0, len(records), len(records), len(directory), start, 0)
-        return descriptor + directory + end
-
-    def _data_record(self, checksum: int) -> _Record:
-        name = (_ROOT + "data/0").encode()
-        return _Record(name, self._data_offset, self._spec.nbytes, checksum, _SIZE_LATER | _UTF8)
+        self.tail = _directory(records, len(self.head) + spec.nbytes)
+        self.data_bytes = spec.nbytes
+        self.nbytes = len(self.head) + spec.nbytes + len(self.tail)
 
 
 @lru_cache(maxsize=256)
@@ -107,101 +91,72 @@ def frame(spec: TensorSpec) -> Frame:
     return Frame(spec)
 
 
-def _small_record(out: io.BytesIO, name: str, data: bytes) -> _Record:
-    record = _Record((_ROOT + name).encode(), out.tell(), len(data), zlib.crc32(data), _UTF8)
-    out.write(_local_header(record))
-    out.write(data)
-    return record
+def _named(name: str) -> bytes:
+    return f"archive/{name}".encode()
 
 
 def _local_header(record: _Record) -> bytes:
     """A header whose extra field pads the data behind it to ALIGNMENT, as torch.save does."""
     bare = record.offset + _LOCAL.size + len(record.name) + _EXTRA.size
     fill = -bare % ALIGNMENT
-    later = record.flags & _SIZE_LATER
-    crc, size = (0, 0) if later else (record.checksum, record.size)
-    head = _LOCAL.pack(
-        b"PK\3\4",
-        20,
-        record.flags,
-        0,
-        0,
-        _DOS_DATE,
-        crc,
-        size,
-        size,
-        len(record.name),
-        _EXTRA.size + fill,
-    )
-    return head + record.name + _EXTRA.pack(b"FB", fill) + bytes(fill)
+    lengths = (record.size, record.size, len(record.name), _EXTRA.size + fill)
+    fixed = _LOCAL.pack(b"PK\3\4", 20, _UTF8, 0, 0, _DOS_DATE, record.checksum, *lengths)
+    return fixed + record.name + _EXTRA.pack(b"FB", fill) + bytes(fill)
 
 
-def _central_entry(record: _Record) -> bytes:
-    return (
+def _directory(records: Sequence[_Record], start: int) -> bytes:
+    """The central directory, which begins ``start`` bytes into the item, and its end record."""
+    entries = b"".join(
         _CENTRAL.pack(
-            b"PK\1\2",
-            20,
-            20,
-            record.flags,
-            0,
-            0,
-            _DOS_DATE,
-            record.checksum,
-            record.size,
-            record.size,
-            len(record.name),
-            0,
-            0,
-            0,
-            0,
-            0,
-            record.offset,
+            b"PK\1\2", 20, 20, _UTF8, 0, 0, _DOS_DATE, r.checksum, r.size, r.size, len(r.name),
+            0, 0, 0, 0, 0, r.offset,
         )
-        + record.name
-    )
-
-
-class _Storage:
-    """Stands for the bytes of a tensor while its pickle is written."""
-
-    def __init__(self, spec: TensorSpec) -> None:
-        self.spec = spec
-
-
-class _Rebuilt:
-    """Pickles as the call that rebuilds a contiguous tensor over a storage."""
-
-    def __init__(self, spec: TensorSpec) -> None:
-        self.spec = spec
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        import torch
-
-        arguments: tuple[Any, ...] = (
-            _Storage(self.spec),
-            0,
-            self.spec.shape,
-            strides(self.spec.shape),
-            False,
-            OrderedDict(),
-        )
-        return torch._utils._rebuild_tensor_v2, arguments
-
-
-class _Pickler(pickle.Pickler):
-    def persistent_id(self, obj: Any) -> Any:
-        import torch
-
-        if isinstance(obj, _Storage):
-            kind = getattr(torch, _STORAGE[obj.spec.dtype])
-            return ("storage", kind, "0", "cpu", obj.spec.numel)
-        return None
+        + r.name
+        for r in records
+    )  # fmt: skip
+    count = len(records)
+    return entries + _END.pack(b"PK\5\6", 0, 0, count, count, len(entries), start, 0)
 
 
 def _rebuild_pickle(spec: TensorSpec) -> bytes:
-    out = io.BytesIO()
-    _Pickler(out, protocol=2).dump(_Rebuilt(spec))
-    return out.getvalue()
+    """The pickle torch.save writes for a contiguous tensor, opcode by opcode.
+
+    ``torch._utils._rebuild_tensor_v2(storage, 0, shape, strides, False, OrderedDict())``, where the
+    storage is a persistent id. Written by hand so that planning needs no torch.
+    """
+    storage = (
+        _text("storage")
+        + _global("torch", _STORAGE[spec.dtype])
+        + b"".join((_text("0"), _text("cpu"), _integer(spec.numel)))
+    )
+    arguments = (
+        _tuple(storage) + pickle.BINPERSID,
+        _integer(0),
+        _tuple(b"".join(map(_integer, spec.shape))),
+        _tuple(b"".join(map(_integer, strides(spec.shape)))),
+        pickle.NEWFALSE,
+        _global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE,
+    )
+    call = _global("torch._utils", "_rebuild_tensor_v2") + _tuple(b"".join(arguments))
+    return pickle.PROTO + b"\2" + call + pickle.REDUCE + pickle.STOP
+
+
+def _global(module: str, name: str) -> bytes:
+    return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+
+
+def _text(value: str) -> bytes:
+    return pickle.BINUNICODE + struct.pack("<I", len(value)) + value.encode()
+
+
+def _integer(value: int) -> bytes:
+    if value < 1 << 31:
+        return pickle.BININT + struct.pack("<i", value)
+    return pickle.LONG1 + b"\x08" + struct.pack("<q", value)
+
+
+def _tuple(items: bytes) -> bytes:
+    return pickle.MARK + items + pickle.TUPLE
 
 
 def strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -236,7 +191,7 @@ def read_item(file: BlockReader, offset: int, length: int) -> Item:
     """
     where = f"{file.path} at byte {offset}"
     try:
-        records = _directory(file, offset, length)
+        records = _records(file, offset, length)
         (pickled,) = [r for name, r in records.items() if name.endswith("/data.pkl")]
         start, size = _stored(file, offset, pickled)
         record = load_tensor_record(file.peek(start, size), where)
@@ -260,7 +215,7 @@ def _checked(record: TensorRecord, start: int, size: int, where: str) -> Item:
     return Item(record.dtype, record.shape, record.strides, first)
 
 
-def _directory(file: BlockReader, offset: int, length: int) -> dict[str, tuple[int, int, int]]:
+def _records(file: BlockReader, offset: int, length: int) -> dict[str, tuple[int, int, int]]:
     """Record name -> (compression, size, offset of its local header), from the item's end."""
     tail = file.peek(offset + max(0, length - (1 << 16)), min(length, 1 << 16))
     end = tail.rindex(b"PK\5\6")
