@@ -117,7 +117,7 @@ class BlockWriter:
         self.position = 0
         self._path = path
         self._part = path.with_name(path.name + ".part")
-        self._fd = self._open()
+        self._fd, self._closed = self._open(), False
         try:
             os.posix_fallocate(self._fd, 0, max(round_up(nbytes), PAGE))
         except OSError as error:
@@ -235,13 +235,16 @@ class BlockWriter:
             self.abort()
             raise
         os.close(self._fd)
+        self._closed = True
         self._part.rename(self._path)
         sync_folder(self._path.parent)
 
     def abort(self) -> None:
-        """Leave nothing behind."""
+        """Leave nothing behind; harmless after ``close`` or another ``abort``."""
         self._stop()
-        os.close(self._fd)
+        if not self._closed:
+            os.close(self._fd)
+            self._closed = True
         self._part.unlink(missing_ok=True)
 
     def _stop(self) -> None:

@@ -147,17 +147,18 @@ class Fitter:
         else:
             present = [name for name in draft.megatron if name in self._left]
             wanted = dict.fromkeys(present or draft.megatron[:1], draft.shape)
-        inputs = [self._take_one(draft.rule, name, shape) for name, shape in wanted.items()]
+        padded = direction == "export" and isinstance(draft.rule.op, PadVocab)
+        inputs = [self._take_one(name, shape, padded=padded) for name, shape in wanted.items()]
         whole = [i for i in inputs if i is not None]
         return tuple(whole) if len(whole) == len(inputs) else ()
 
-    def _take_one(self, rule: Rule, name: str, shape: tuple[int, ...]) -> Input | None:
+    def _take_one(self, name: str, shape: tuple[int, ...], *, padded: bool) -> Input | None:
         found = self._left.pop(name, None)
         if found is None:
             if name not in self._broken:
                 self._missing += [name + s for s in self._parts_of(name)]
             return None
-        if isinstance(rule.op, PadVocab) and found.spec.shape[1:] == shape[1:]:
+        if padded and found.spec.shape[1:] == shape[1:]:
             rows = min(found.spec.shape[0], shape[0])
             found = replace(found, spec=replace(found.spec, shape=(rows, *shape[1:])))
         if found.spec.shape != shape:
