@@ -10,7 +10,7 @@ import errno
 import hashlib
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ class Choice:
 class Result:
     """What a conversion did."""
 
-    plan: ConversionPlan
+    plan: ConversionPlan = field(repr=False)
     target: Path
     seconds: float
     resumed: bool

@@ -33,7 +33,7 @@ def install(monkeypatch):
         for name, hooks in plugins.items():
             module = ModuleType(f"plugin_{name}")
             for hook, records in hooks.items():
-                implementation = lambda records=records: records() if callable(records) else records  # noqa: E731
+                implementation = lambda records=records: records() if callable(records) else records
                 implementation.__name__ = hook
                 setattr(module, hook, hookimpl(_no_arguments(implementation)))
             monkeypatch.setitem(sys.modules, module.__name__, module)

@@ -196,12 +196,18 @@ def llama_int8(hf_model: str, hf_path: Path) -> None:
     from gptoss_convert.convert import open_source
 
     source = open_source(hf_model, "hf")
+    if source.config is None:
+        raise ConfigError(f"{hf_model}: has no config.json; fetch the whole checkpoint")
     stored = {name: source.read(name) for name in source.specs()}
     for name in [n for n in stored if n.endswith("_proj.weight")]:
         parts = encode(stored.pop(name))
         stored.update((name + suffix, part) for suffix, part in zip(SUFFIXES, parts, strict=True))
-    config = {**(source.config or {}), "quantization_config": {"quant_method": CODEC}}
     hf_path.mkdir(parents=True)
     save_file(stored, hf_path / "model.safetensors")
+    for name, file in source.files.items():  # tokenizer and the like
+        copy = hf_path / name
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    config = {**source.config, "quantization_config": {"quant_method": CODEC}}
     (hf_path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     click.echo(f"{hf_path}: {len(stored)} tensors")
