@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,21 +37,21 @@ def fetch(name: str, revision: str | None, headers_only: bool) -> Path:
     import huggingface_hub as hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    wanted = [*COMPANIONS, *_WEIGHTS]
+    snapshot = partial(
+        hub.snapshot_download,
+        name,
+        revision=revision,
+        allow_patterns=[*COMPANIONS, *_WEIGHTS],
+        ignore_patterns=list(_OTHER_COPIES),
+    )
     try:
-        if headers_only:
-            try:
-                return Path(hub.snapshot_download(name, revision=revision, local_files_only=True))
-            except LocalEntryNotFoundError:
-                return _headers(name, revision)
-        return Path(
-            hub.snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=wanted,
-                ignore_patterns=list(_OTHER_COPIES),
-            )
-        )
+        if not headers_only:
+            return Path(snapshot())
+        with contextlib.suppress(LocalEntryNotFoundError):
+            cached = Path(snapshot(local_files_only=True))
+            if all((cached / file).exists() for file in _shard_files(cached)):
+                return cached
+        return _headers(name, revision)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -73,12 +75,15 @@ def _headers(name: str, revision: str | None) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="gptoss-convert-headers-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     shutil.copytree(small, folder, dirs_exist_ok=True)
-    index = folder / INDEX
-    files = set(read_json(index)["weight_map"].values()) if index.exists() else {SINGLE}
-    for file in sorted(files):
+    for file in _shard_files(folder):
         facts = hub.HfApi().parse_safetensors_file_metadata(name, file, revision=revision)
         (folder / file).write_bytes(_header_bytes(facts))
     return folder
+
+
+def _shard_files(folder: Path) -> list[str]:
+    index = folder / INDEX
+    return sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [SINGLE]
 
 
 def _header_bytes(facts: SafetensorsFileMetadata) -> bytes:

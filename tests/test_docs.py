@@ -1,0 +1,148 @@
+"""The plugin tutorial and the hooks' examples are true, and stay so."""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import inspect
+import re
+import shlex
+import sys
+import textwrap
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import click
+import pytest
+
+import gptoss_convert
+from gptoss_convert import hookspecs, types
+from gptoss_convert.cli import main
+from gptoss_convert.registry import KINDS, Registry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parents[1]
+FOREIGN = ROOT / "tests" / "third_party"
+MODULE = "gptoss_convert_llama"
+PAGE = (ROOT / "docs" / "plugins.md").read_text()
+TEXT = re.sub(r"^```.*?^```$", "", PAGE.split("## All hooks")[0], flags=re.DOTALL | re.MULTILINE)
+HOOKS = {name: hook for name, hook in vars(hookspecs).items() if name.startswith("gptoss_convert_")}
+RECORDS = {
+    "models": types.ModelFamily,
+    "codecs": types.Codec,
+    "formats": types.Format,
+    "resharders": types.Resharder,
+    "validators": types.Validator,
+    "recipes": types.Recipe,
+}
+
+
+def fields(record: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(record)]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def llama(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The module that the page builds, importable by its name."""
+    monkeypatch.syspath_prepend(FOREIGN)
+    yield __import__(MODULE)
+    sys.modules.pop(MODULE, None)
+
+
+# --- the tutorial --------------------------------------------------------------------------------
+
+
+def test_the_blocks_put_together_are_the_module() -> None:
+    built = "\n\n\n".join(block.strip("\n") for block in blocks("python")) + "\n"
+    assert built == (FOREIGN / f"{MODULE}.py").read_text()
+
+
+def test_the_page_shows_the_distribution() -> None:
+    assert blocks("toml") == [(FOREIGN / "pyproject.toml").read_text()]
+
+
+def test_the_session_runs_as_shown(llama: ModuleType) -> None:
+    (session,) = blocks("pycon")
+    parsed = doctest.DocTestParser().get_doctest(session, {}, "plugins.md", None, None)
+    assert len(parsed.examples) >= 8
+    told: list[str] = []
+    result = doctest.DocTestRunner(verbose=False).run(parsed, out=told.append)
+    assert result.failed == 0, "".join(told)
+    assert result.attempted == len(parsed.examples)
+
+
+def test_the_commands_exist_with_their_flags(llama: ModuleType) -> None:
+    (console,) = blocks("console")
+    foreign = {command.name: command for command in llama.gptoss_convert_commands()}
+    tried = set()
+    for line in console.splitlines():
+        program, name, *words = shlex.split(line.removeprefix("$ "))
+        if program != "gptoss-convert":
+            continue
+        command: Any = foreign.get(name) or main.commands[name]
+        flags = [flag for option in command.params for flag in option.opts]
+        assert {word for word in words if word.startswith("-")} <= set(flags), line
+        tried.add(name)
+    assert tried == {"plugins", "plan", "import", "export", "llama-int8"}
+
+
+def test_ops_and_shard_kinds_are_explained() -> None:
+    ops = {n for n in gptoss_convert.__all__ if hasattr(getattr(gptoss_convert, n), "forward")}
+    assert len(ops) == 7
+    kinds = set(types.Shard.__members__) - {"REPLICATED"}  # "not at all"
+    assert {name for name in ops | kinds if f"`{name}`" not in TEXT} == set()
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_the_page_names_every_hook_and_what_it_yields(hook: str) -> None:
+    (row,) = [line for line in PAGE.splitlines() if line.startswith(f"| `{hook}` |")]
+    record = RECORDS.get(hook.removeprefix("gptoss_convert_"), click.Command)
+    wanted = "click.Command" if record is click.Command else record.__name__
+    assert f"`{wanted}`" in row
+    assert f"Iterable[{wanted}]" in str(inspect.signature(HOOKS[hook]))
+    told = re.findall(r"`(\w+)`", row.split("|")[3].split(";")[0])
+    assert told == ([] if record is click.Command else fields(record))
+
+
+def test_hooks_kinds_and_records_are_the_same_list() -> None:
+    assert [hook.removeprefix("gptoss_convert_") for hook in HOOKS] == list(KINDS)
+    assert {*RECORDS, "commands"} == set(KINDS)
+
+
+@pytest.mark.parametrize("record", [types.Rule, types.ModelFamily, types.Codec, types.TensorSpec])
+def test_the_text_explains_every_field_of_the_records_it_uses(record: type) -> None:
+    assert [name for name in fields(record) if f"`{name}`" not in TEXT] == []
+
+
+def test_findings_are_explained() -> None:
+    assert [name for name in fields(types.Finding) if f"`{name}`" not in PAGE] == []
+
+
+# --- the hooks' own examples ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_an_example_works(hook: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written to a file and loaded as a plugin, it gives the registry a record."""
+    _, found, example = inspect.getdoc(HOOKS[hook]).partition("Example::\n")
+    assert found
+    module = f"example_{hook}"
+    known = "from gptoss_convert import *\nimport click\nOneFileSource = OneFileSink = object\n"
+    (tmp_path / f"{module}.py").write_text(known + textwrap.dedent(example))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("GPTOSS_CONVERT_PLUGINS", raising=False)
+    registry = Registry([EntryPoint("example", module, "gptoss_convert")])
+    assert registry.failures == []
+    offered = {kind: list(getattr(registry, kind)()) for kind in KINDS}
+    assert {kind: len(names) for kind, names in offered.items() if names} == {
+        hook.removeprefix("gptoss_convert_"): 1
+    }
+    sys.modules.pop(module, None)
