@@ -238,7 +238,13 @@ class Executor:
         if of.codec.sliceable and of.spec.shape:
             share = share // whole * parts[0].shape[0]
         out = scratch.take(share).view(torch_dtype(of.spec.dtype))
-        return of.codec.decode(parts, out)
+        decoded = of.codec.decode(parts, out)
+        if decoded.dtype != out.dtype:
+            raise ConvertError(
+                f"{of.name}: codec {of.codec.name} made {decoded.dtype} where it promised "
+                f"{of.spec.dtype}; report it to its plugin"
+            )
+        return decoded
 
     def _validate(self, name: str, rows: slice, tensor: Tensor) -> None:
         for validator in self._validators:

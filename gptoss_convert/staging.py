@@ -7,7 +7,9 @@ rename puts the finished folder in place.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import glob
 import os
 import shutil
 from pathlib import Path
@@ -18,7 +20,8 @@ from gptoss_convert.errors import ConvertError, IncompleteError, ResourceError, 
 
 def unfinished(target: Path) -> list[Path]:
     """Staging folders that stopped runs have left beside a target."""
-    return sorted(target.absolute().parent.glob(f".{target.name}.incomplete-*"))
+    pattern = f".{glob.escape(target.name)}.incomplete-*"
+    return sorted(target.absolute().parent.glob(pattern))
 
 
 def require_checkpoint(path: Path) -> None:
@@ -59,6 +62,7 @@ class Staging:
         self._old = self.target.parent / f".{self.target.name}.replaced"
         self._overwrite = overwrite
         self._lock: int | None = None
+        self._made: list[Path] = []
 
     def check_target(self) -> None:
         """Refuse a target that is in use, before anything is read or written."""
@@ -97,10 +101,11 @@ class Staging:
         self._restore()
         for other in unfinished(self.target):
             if other != self.folder:
-                _lock(other, self.target)
+                lock = _lock(other, self.target)
                 shutil.rmtree(other)
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self.folder.mkdir(exist_ok=True)
+                os.close(lock)
+        self._made = [p for p in self.folder.parents if not p.exists()]
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.folder, self.target)
         for part in self.folder.rglob("*.part"):
             part.unlink()
@@ -126,8 +131,11 @@ class Staging:
         self.release()
 
     def discard(self) -> None:
-        """Remove the folder and all work in it."""
+        """Remove the folder and all work in it, and the parents that were made for it."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        for parent in self._made:
+            with contextlib.suppress(OSError):  # somebody else uses it by now
+                parent.rmdir()
         self.release()
 
     def release(self) -> None:
