@@ -251,6 +251,7 @@ class BlockWriter:
         if self._thread.is_alive():
             self._full.put(None)
             self._thread.join()
+        self._slots, self._views = [], []  # at once, not when the collector comes around
 
 
 def sync_folder(folder: Path) -> None:

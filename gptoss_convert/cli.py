@@ -36,6 +36,12 @@ class Program(click.Group):
         return super().get_command(ctx, cmd_name) or self._from_plugins(ctx).get(cmd_name)
 
     def _from_plugins(self, ctx: click.Context) -> dict[str, click.Command]:
+        found = ctx.meta.get("commands")
+        if found is None:
+            found = ctx.meta["commands"] = self._collect(ctx)
+        return dict(found)
+
+    def _collect(self, ctx: click.Context) -> dict[str, click.Command]:
         try:
             found = registry_of(ctx).commands()
         except PluginError as error:  # must not take --help and `plugins` down with it
@@ -193,7 +199,13 @@ def _underscores(name: str) -> str:
     },
 )
 @click.version_option(gptoss_convert.__version__, prog_name="gptoss-convert")
-@click.option("--no-plugin", multiple=True, metavar="NAME", help="Leave a plugin out (repeatable).")
+@click.option(
+    "--no-plugin",
+    multiple=True,
+    is_eager=True,  # so that --help knows
+    metavar="NAME",
+    help="Leave a plugin out (repeatable).",
+)
 @click.option("--verbose", "-v", is_flag=True, help="Say more on stderr.")
 def main(no_plugin: tuple[str, ...], verbose: bool) -> None:
     """Convert checkpoints between Hugging Face and Megatron-Core.

@@ -23,6 +23,7 @@ from gptoss_convert.errors import (
     IncompleteError,
     MismatchError,
     ResourceError,
+    blame,
 )
 from gptoss_convert.execute import (
     DEFAULT_MAX_MEMORY,
@@ -171,7 +172,8 @@ class Conversion:
 def _stopped(error: BaseException, staging: Staging, sink: TensorSink) -> None:
     """Keep finished work if going on makes sense, else remove it; then raise what the user needs."""
     done = sum(sink.done(group) for group in sink.groups)
-    if isinstance(error, ConvertError) or not done:
+    resumable = isinstance(error, OSError) or not isinstance(error, Exception)  # Ctrl-C
+    if not resumable or not done:
         staging.discard()
     else:
         staging.release()
@@ -428,7 +430,8 @@ def _megatron_config(family: ModelFamily, config: Config, where: str) -> dict[st
         raise ConfigError(
             f"{where}: config.json: {'; '.join(wrong)}; restore the model's own config.json"
         )
-    return family.megatron_config(config)
+    with blame(f"model family {family.name}"):
+        return family.megatron_config(config)
 
 
 def _target_format(side: Side, registry: Registry, choice: Choice) -> Format:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 MOST_SHOWN = 20
 
@@ -42,6 +43,20 @@ class IncompleteError(ConvertError):
 
 class PluginError(ConvertError):
     """A plugin broke its contract, or several answer where one must."""
+
+
+@contextlib.contextmanager
+def blame(plugin_part: str) -> Iterator[None]:
+    """Turn an unexpected error inside a plugin's function into one that names the plugin."""
+    try:
+        yield
+    except ConvertError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"{plugin_part} failed ({type(error).__name__}: {error}); report it to its plugin, "
+            f"--debug shows where"
+        ) from error
 
 
 class CheckpointError(ConvertError):

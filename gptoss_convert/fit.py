@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from gptoss_convert.dtypes import FLOATS
+from gptoss_convert.errors import blame
 from gptoss_convert.ops import Drop, PadVocab, forward_shape
 
 if TYPE_CHECKING:
@@ -111,12 +112,14 @@ class Fitter:
                 self._missing += absent
                 self._broken.add(base)
                 continue
-            try:
-                spec = codec.spec(list(found.values()))
-                self._left[base] = Input(base, spec, tuple(found.items()), codec)
-            except ValueError as error:
-                self.problems.append(f"{base}: {error}; the checkpoint is damaged, fetch it again")
-                self._broken.add(base)
+            with blame(f"codec {codec.name}"):
+                try:
+                    spec = codec.spec(list(found.values()))
+                    self._left[base] = Input(base, spec, tuple(found.items()), codec)
+                except ValueError as error:
+                    text = f"{base}: {error}; the checkpoint is damaged, fetch it again"
+                    self.problems.append(text)
+                    self._broken.add(base)
         if not bases:
             self.problems.append(
                 f"config.json: declares {codec.name}, but no tensor ends in "
@@ -131,7 +134,8 @@ class Fitter:
         hf = {named(name): shape for name, shape in rule.hf.items()}
         if isinstance(rule.op, Drop):
             return Draft(rule, layer, hf, (), (), ())
-        shape = forward_shape(rule.op, list(hf.values()))
+        with blame(f"the rule for {rule.megatron}"):
+            shape = forward_shape(rule.op, list(hf.values()))
         megatron = tuple(named(name) for name in (rule.megatron, *rule.also))
         return Draft(rule, layer, hf, megatron, shape, ())
 

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from gptoss_convert.errors import PlanError
+from gptoss_convert.errors import PlanError, blame
 from gptoss_convert.fit import Direction, Draft, Fitter, Input, house_dtype
 from gptoss_convert.ops import units
 from gptoss_convert.types import Codec, Config, ModelFamily, Rule, TensorSpec
@@ -204,9 +204,11 @@ def make_plan(
         PlanError: listing every misfit.
 
     """
-    megatron_config = family.megatron_config(config)
+    with blame(f"model family {family.name}"):
+        megatron_config = family.megatron_config(config)
+        rules, layers = list(family.rules(config)), megatron_config["num_layers"]
     fitter = Fitter(specs, codec, known_codecs)
-    drafts = list(fitter.fit(family.rules(config), megatron_config["num_layers"], direction))
+    drafts = list(fitter.fit(rules, layers, direction))
     fitter.finish(direction)
     house = house_dtype(drafts, fitter.problems, strict=direction == "import")
     if fitter.problems:

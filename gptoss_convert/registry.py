@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 from dataclasses import dataclass
 from functools import cache
@@ -67,17 +68,20 @@ class Registry:
         for point in sorted(set(found), key=lambda p: (p.name, p.value)):
             if point.name in disabled:
                 continue
-            if allowed is not None and point.name not in allowed.split(","):
+            if allowed is not None and point.name not in allowed.replace(",", " ").split():
                 continue
             self._load(point)
 
     def _load(self, point: EntryPoint) -> None:
         """Load one entry point on its own, so that a broken plugin takes nobody down."""
-        error = ""
+        error, plugin = "", None
         try:
-            self._manager.register(point.load(), name=point.name)
-        except Exception as problem:
+            plugin = point.load()
+            self._manager.register(plugin, name=point.name)
+        except (Exception, SystemExit) as problem:
             error = f"{type(problem).__name__}: {problem}"
+            if plugin and self._manager.get_plugin(point.name) is plugin:
+                self._manager.unregister(plugin)  # pluggy before 1.7 keeps the hooks it had seen
         dist = point.dist
         self.plugins.append(
             PluginInfo(
@@ -96,6 +100,12 @@ class Registry:
 
     def _check_hooks(self) -> None:
         """A misspelt hook would silently do nothing; make it an error that names the right one."""
+        for one, other in itertools.pairwise(self.plugins):  # sorted by name
+            if one.name == other.name:
+                raise PluginError(
+                    f"{one.distribution} {one.version} and {other.distribution} {other.version} "
+                    f"both have a plugin {one.name!r}; uninstall one of them"
+                )
         try:
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:

@@ -201,7 +201,6 @@ def test_no_plugin_leaves_one_out(installed: Installed, hf: Path) -> None:
     assert "no installed plugin knows the architecture LlamaForCausalLM" in done.stderr
 
 
-@pytest.mark.xfail(reason="--help is answered before --no-plugin is looked at")
 def test_no_plugin_leaves_one_out_of_the_help(installed: Installed) -> None:
     assert "llama-int8" not in installed.convert("--no-plugin", "llama", "--help")
 
@@ -245,7 +244,6 @@ def test_one_architecture_claimed_twice_is_decided_by_the_user(
     assert json.loads(again.stdout)["model"] == "llama"
 
 
-@pytest.mark.xfail(reason="the second one is a warning, and is left out")
 def test_one_entry_point_name_in_two_distributions_is_an_error(
     installed: Installed, hf: Path, tmp_path: Path
 ) -> None:
@@ -261,11 +259,7 @@ def test_one_entry_point_name_in_two_distributions_is_an_error(
         ("raise RuntimeError('out of ideas')", "RuntimeError: out of ideas"),
         ("def (:", "SyntaxError"),
         ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
-        pytest.param(
-            "raise SystemExit(0)",
-            "SystemExit: 0",
-            marks=pytest.mark.xfail(reason="Registry._load catches Exception only"),
-        ),
+        ("raise SystemExit(0)", "SystemExit: 0"),
         (RIVAL_CODE.replace("_models()", "_models(config)"), "gptoss_convert_models(config)"),
     ],
     ids=["raises", "syntax", "import", "exits", "signature"],

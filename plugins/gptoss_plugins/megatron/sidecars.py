@@ -89,14 +89,14 @@ def arguments(plan: ConversionPlan) -> argparse.Namespace:
         ckpt_format="torch_dist",
         expert_model_parallel_size=1,
         expert_tensor_parallel_size=1,
-        group_query_attention=fields["num_query_groups"] != fields["num_attention_heads"],
-        padded_vocab_size=fields["vocab_size"],
+        group_query_attention=fields.get("num_query_groups") != fields.get("num_attention_heads"),
+        padded_vocab_size=fields.get("vocab_size"),
         params_dtype=dtype,
         pipeline_model_parallel_size=1,
         quick_geglu=activation == "quick_gelu",
         swiglu=activation == "silu",
         tensor_model_parallel_size=1,
-        untie_embeddings_and_output_weights=not fields["share_embeddings_and_output_weights"],
+        untie_embeddings_and_output_weights=not fields.get("share_embeddings_and_output_weights"),
         virtual_pipeline_model_parallel_size=None,
     )
 
