@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from gptoss_convert.types import GroupWriter, TensorSink, TensorSource, Validator
 
 DEFAULT_MAX_MEMORY = 1 << 30
-PIECE_BYTES = 32 << 20  # of output; larger pieces win nothing
+PIECE_BYTES = 8 << 20  # of output; larger pieces win nothing and fragment the heap
 Progress = Callable[[int], None]
+_Stored = list[list["Tensor"]]  # per input of a step, its parts as stored
 
 
 def default_workers() -> int:
@@ -104,6 +105,14 @@ def _pieces(group: Group, budget: Budget) -> Iterator[_Piece]:
             yield _Piece(step, start, min(start + size, step.units))
 
 
+class _Memory:
+    """What one worker reuses from piece to piece: one input at work, one being read, one result."""
+
+    def __init__(self) -> None:
+        self.stored = (Scratch(), Scratch())
+        self.decoded = Scratch()
+
+
 class Executor:
     """Runs one plan.
 
@@ -167,39 +176,40 @@ class Executor:
     def _run_group(self, group: Group, budget: Budget, local: threading.local) -> None:
         if self._stop.is_set():
             return
-        memory = local.__dict__.setdefault("memory", (Scratch(), Scratch()))
+        memory = local.__dict__.setdefault("memory", _Memory())
         writer = self._sink.open(group)
         try:
             for piece, stored in self._read_ahead(list(_pieces(group, budget)), memory):
                 if self._stop.is_set():
                     writer.abort()
                     return
-                self._convert(piece, stored, writer)
+                self._convert(piece, stored, memory.decoded, writer)
         except BaseException:
             writer.abort()
             raise
         writer.close()
 
     def _read_ahead(
-        self, pieces: Sequence[_Piece], memory: Sequence[Scratch]
+        self, pieces: Sequence[_Piece], memory: _Memory
     ) -> Iterator[tuple[_Piece, _Stored]]:
-        """Each piece with its input, the next one being read meanwhile into the other memory."""
+        """Each piece with its input; the next one is being read meanwhile."""
         with ThreadPoolExecutor(1, "read") as reader:
             ahead: Future[_Stored] | None = None
             for index, piece in enumerate(pieces):
-                stored = (ahead or reader.submit(self._read, piece, memory[index % 2])).result()
+                stored = (
+                    ahead or reader.submit(self._read, piece, memory.stored[index % 2])
+                ).result()
                 if index + 1 < len(pieces):
-                    later = memory[(index + 1) % 2]
+                    later = memory.stored[(index + 1) % 2]
                     ahead = reader.submit(self._read, pieces[index + 1], later)
                 yield piece, stored
 
     def _read(self, piece: _Piece, scratch: Scratch) -> _Stored:
         scratch.reset()
-        parts = [
+        return [
             [self._read_part(piece, i, name, scratch) for name, _ in i.parts]
             for i in piece.step.inputs
         ]
-        return _Stored(parts, scratch)
 
     def _read_part(self, piece: _Piece, of: Input, name: str, scratch: Scratch) -> Tensor:
         rows = piece.rows(of.spec.shape[0]) if of.spec.shape else None
@@ -207,10 +217,13 @@ class Executor:
             rows = None
         return self._source.read(name, rows, scratch)
 
-    def _convert(self, piece: _Piece, stored: _Stored, writer: GroupWriter) -> None:
+    def _convert(
+        self, piece: _Piece, stored: _Stored, scratch: Scratch, writer: GroupWriter
+    ) -> None:
+        scratch.reset()
         tensors = [
-            self._decode(i, parts, stored.scratch)
-            for i, parts in zip(piece.step.inputs, stored.parts, strict=True)
+            self._decode(i, parts, scratch)
+            for i, parts in zip(piece.step.inputs, stored, strict=True)
         ]
         op = piece.step.rule.op
         if self._plan.direction == "import":
@@ -251,14 +264,6 @@ class Executor:
             for finding in validator.check(self._plan, name, rows, tensor):
                 if finding.severity == "error":
                     raise ConvertError(f"{finding.where}: {finding.what}; {finding.remedy}")
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """Input of a piece as stored: per input its parts, and the memory they lie in."""
-
-    parts: list[list[Tensor]]
-    scratch: Scratch
 
 
 def _require_equal(inputs: Sequence[Input], tensors: Sequence[Tensor]) -> None:

@@ -7,7 +7,10 @@ step that the file system sees.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import importlib
+import itertools
 import json
 import os
 import random
@@ -29,6 +32,20 @@ if __name__ != "__main__":
 STEPS = (
     "mkdir", "posix_fallocate", "pwrite", "ftruncate", "fsync", "rename", "unlink", "rmdir",
 )  # fmt: skip
+# What a run would otherwise import in every child.
+LOADED = (
+    "yaml",
+    "torch.distributed.checkpoint",
+    "torch.utils.serialization",
+    "gptoss_convert.progress",
+    "gptoss_convert.report",
+    "gptoss_kernels.mxfp4",
+    *(
+        f"gptoss_plugins.{kind}.{part}"
+        for kind in ("huggingface", "megatron")
+        for part in ("sink", "source")
+    ),
+)
 Tree = Callable[[Path], dict[str, str]]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -38,11 +55,10 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 def serve() -> None:
     """Answer jobs, a JSON line each, until standard input ends."""
-    import yaml  # noqa: F401
-
-    from gptoss_convert import cli, convert, report  # noqa: F401
     from gptoss_convert.registry import Registry
 
+    for name in LOADED:
+        importlib.import_module(name)
     Registry().commands()
     for line in sys.stdin:
         job = json.loads(line)
@@ -93,8 +109,6 @@ def _child(job: dict[str, Any]) -> None:
 
 def _watch(job: dict[str, Any]) -> list[str]:
     """Count the steps; at step ``at`` do ``what``."""
-    import itertools
-
     calls: list[str] = []
     numbers = itertools.count(1)
 
@@ -277,16 +291,12 @@ def accepted(folder: Path) -> bool:
     from gptoss_convert.registry import default_registry
 
     found = 0
-    try:
+    with contextlib.suppress(ConvertError):
         found += not inspect_source(open_source(folder), default_registry(), Choice())["problems"]
-    except ConvertError:
-        pass
     for prepare in (prepare_import, prepare_export):
-        try:
+        with contextlib.suppress(ConvertError):
             prepare(folder).source.check()
             found += 1
-        except ConvertError:
-            pass
     return found > 0
 
 
