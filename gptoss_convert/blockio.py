@@ -146,6 +146,11 @@ class BlockWriter:
                 raise
             return os.open(self._part, flags, 0o644)
 
+    def require(self, position: int, what: str) -> None:
+        """Raise unless ``position`` is reached: a file with bytes in wrong places may well load."""
+        if self.position != position:
+            raise RuntimeError(f"{what} is due at byte {position}, and came at {self.position}")
+
     def append_bytes(self, data: bytes | memoryview) -> None:
         """Take bytes."""
         view = memoryview(data).cast("B")

@@ -233,6 +233,6 @@ def _step(draft: Draft, dtype: str, direction: Direction) -> Step:
     else:
         outputs = tuple(Output(n, TensorSpec(s, dtype)) for n, s in draft.hf.items())
     count = units(draft.rule.op, draft.shape)
-    if any(i.codec and not i.codec.sliceable for i in draft.inputs):
-        count = 1
+    if len(outputs) > 1 or any(i.codec and not i.codec.sliceable for i in draft.inputs):
+        count = 1  # outputs are written one behind the other, so pieces must not alternate
     return Step(draft.rule, draft.layer, draft.inputs, outputs, count)

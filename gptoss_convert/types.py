@@ -169,7 +169,7 @@ class TensorSource(Protocol):
 
 
 class GroupWriter(Protocol):
-    """Writes one group of a sink: pieces arrive in the plan's order."""
+    """Writes one group of a sink: output by output in the plan's order, each from its first row on."""
 
     def write(self, name: str, rows: slice, tensor: Tensor) -> None:
         """Take ``rows`` of dim 0 of output ``name``; row-major order counts, not the shape."""

@@ -108,7 +108,7 @@ def _child(job: dict[str, Any]) -> None:
 
 
 def _watch(job: dict[str, Any]) -> list[str]:
-    """Count the steps; at step ``at`` do ``what``."""
+    """Count the steps; send a signal at step ``at``, or fail from there on."""
     calls: list[str] = []
     numbers = itertools.count(1)
 
@@ -117,9 +117,10 @@ def _watch(job: dict[str, Any]) -> list[str]:
 
         def step(*arguments: Any, **options: Any) -> Any:
             calls.append(name)
-            if next(numbers) == job["at"]:
-                if job["what"] == "fail":
-                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+            number = next(numbers)
+            if job["what"] == "fail" and 0 < job["at"] <= number:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            if job["what"] != "fail" and job["at"] == number:
                 if job["what"] == "SIGKILL" and name == "pwrite":  # half of the bytes get through
                     fd, data, offset = arguments
                     real(fd, data[: len(data) // 2], offset)
@@ -172,7 +173,18 @@ class Runner:
         steps: tuple[str, ...] = STEPS,
         workers: int = 1,
     ) -> Ended:
-        """Run a command, and at step ``at`` of it do ``what``: a signal's name, or ``fail``."""
+        """Run a command, and at step ``at`` of it do ``what``.
+
+        Args:
+            argv: the command line.
+            at: the step's number, from 1; 0 disturbs nothing.
+            what: a signal's name, or ``fail`` for input/output errors from there on.
+            kill_after: seconds until a SIGKILL from outside.
+            shard_bytes: how much an exported shard may hold.
+            steps: the functions of ``os`` that count.
+            workers: as on the command line.
+
+        """
         (path := Path(f"{self._log}.calls")).unlink(missing_ok=True)
         answer = self._ask(
             argv=[*map(str, argv), "--workers", str(workers)],
@@ -320,8 +332,8 @@ def exports(runner: Runner, tree: Tree, imported: Path, tmp_path_factory: Any) -
 def long_imports(runner: Runner, tree: Tree, write_tiny: Any, tmp_path_factory: Any) -> Job:
     """Long enough for a random moment to be in the middle of something."""
     folder = tmp_path_factory.mktemp("long")
-    layers = ["sliding_attention", "full_attention"] * 8
-    sizes = {"num_hidden_layers": 16, "layer_types": layers, "num_local_experts": 12}
+    layers = ["sliding_attention", "full_attention"] * 6
+    sizes = {"num_hidden_layers": 12, "layer_types": layers, "num_local_experts": 8}
     source = write_tiny(folder / "hf", mxfp4=True, shards=5, **sizes)
     return Job(runner, tree, ["import", "--hf-model", source], "--megatron-path", folder, {})
 
@@ -469,9 +481,9 @@ def test_unfinished_target_with_a_short_relative_name(
     imports: Job, invoke: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``place/out`` could be a hub id, but its unfinished work lies here."""
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     imports.clear()
     assert imports.run(at=imports.base.at("rename", 2)).code == -signal.SIGKILL
     monkeypatch.chdir(imports.parent)
@@ -538,7 +550,7 @@ def test_interrupted(where: str, job: Job) -> None:
     name, which = where.split()
     ended = job.run(at=job.base.at(name, int(which)), what="SIGINT")
     assert ended.code == 130, ended.stderr
-    assert ended.stderr == "interrupted; run the same command again to go on\n"
+    assert ended.stderr.strip() == "interrupted; run the same command again to go on"
     job.assert_nothing_wrong()
     again = job.run(*(["--overwrite"] if job.target.exists() else []))
     assert again.code == 0, again.stderr
@@ -586,11 +598,14 @@ def test_failing_disk_at_the_first_byte(job: Job) -> None:
 
 
 def test_source_that_fails(imports: Job) -> None:
-    """The third read fails; what was written stays for the next try."""
+    """Not at once: what was written stays for the next try."""
     imports.clear()
-    ended = imports.run(at=60, what="fail", steps=("preadv",))
+    reads = imports.run(steps=("preadv",)).calls
+    imports.clear()
+    ended = imports.run(at=len(reads) // 2, what="fail", steps=("preadv",))
     assert ended.code == 5, ended.stderr
     assert "Input/output error" in ended.stderr
+    assert not imports.target.exists()
     assert imports.run().code == 0
     imports.assert_whole()
 
@@ -614,10 +629,55 @@ def test_second_run_is_refused(where: str, more: list[str], job: Job) -> None:
     after = job.tree(job.target.parent)
     ended = job.runner.resume(first)
     assert second.code == 1, second.stderr
-    assert second.stderr.count("\n") == 1
-    assert f"{job.target}: another run is writing to it; wait" in second.stderr
+    *warnings, error = second.stderr.splitlines()
+    assert len(warnings) == len(more) // 2
+    assert error.startswith(f"error: {job.target}: another run is writing to it; ")
     assert after == before
     assert ended.code == 0
+    job.assert_whole()
+
+
+def test_target_that_came_meanwhile_is_not_replaced(job: Job) -> None:
+    """It was absent when the slow run looked, and is not when the slow run begins."""
+    slow = job.run(at=1, what="SIGSTOP")
+    assert slow.code is None
+    assert job.leftovers() == [], "it was stopped too late for this test"
+    wide = "--torch-dtype" if job.command[0] == "import" else "--export-dtype"
+    assert job.run(wide, {"--torch-dtype": "float32"}.get(wide, "fp32")).code == 0
+    other = job.tree(job.target)
+    assert other != job.whole
+    ended = job.runner.resume(slow)
+    assert job.tree(job.target) == other
+    assert ended.code == 1, ended.stderr
+    assert "not empty" in ended.stderr
+    assert job.leftovers() == []
+
+
+@pytest.mark.parametrize("name", ["ou?", "*", "[o]ut"])
+def test_pattern_for_a_name_does_not_reach_other_targets(name: str, job: Job) -> None:
+    """The unfinished work of ``out`` is nothing to do with a target whose name would match it."""
+    assert job.run(at=job.base.at("rename", 2)).code == -signal.SIGKILL
+    before = job.tree(job.target.parent)
+    other = job.target.with_name(name)
+    wide = {"import": ["--torch-dtype", "float32"], "export": ["--export-dtype", "fp32"]}
+    more = wide[job.command[0]]
+    assert job.runner(*job.command, job.flag, other, *more, **job.options).code == 0
+    shutil.rmtree(other)
+    assert job.tree(job.target.parent) == before
+    assert job.runner(*job.command, job.flag, other, at=30, **job.options).code < 0
+    again = job.runner(*job.command, job.flag, other, **job.options)
+    assert again.code == 0
+    assert job.tree(other) == job.whole
+    assert "going on" in again.stderr
+    shutil.rmtree(other)
+    assert job.tree(job.target.parent) == before
+
+
+def test_empty_target_is_filled(job: Job) -> None:
+    job.target.mkdir()
+    assert job.run(at=job.base.at("rename", 3)).code == -signal.SIGKILL
+    assert list(job.target.iterdir()) == []
+    assert job.run().code == 0
     job.assert_whole()
 
 
@@ -632,13 +692,17 @@ def replacing(job: Job) -> Iterator[dict[str, str]]:
 
 
 def make_old(job: Job) -> None:
+    """Put an older result with a user's note in it where the target is to be."""
     job.clear()
-    dtype = (
-        ["--torch-dtype", "float32"] if job.command[0] == "import" else ["--export-dtype", "fp32"]
-    )
-    assert job.run(*dtype).code == 0
-    (job.target / "notes").mkdir()
-    (job.target / "notes" / "mine.txt").write_text("precious")
+    old = job.parent / "old"
+    if not old.exists():
+        importing = job.command[0] == "import"
+        wide = ["--torch-dtype", "float32"] if importing else ["--export-dtype", "fp32"]
+        assert job.run(*wide).code == 0
+        (job.target / "notes").mkdir()
+        (job.target / "notes" / "mine.txt").write_text("precious")
+        job.target.rename(old)
+    shutil.copytree(old, job.target)
 
 
 def test_overwrite_replaces_all_of_it(job: Job, replacing: dict[str, str]) -> None:

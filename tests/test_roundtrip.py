@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from gptoss_convert import execute
 from gptoss_convert.convert import export_checkpoint, import_checkpoint, prepare_export
 from gptoss_convert.errors import CheckpointError, ConvertError, MismatchError
 from gptoss_convert.testing import distinct, hf_specs, make_tensors, write_hf_folder
@@ -183,14 +184,21 @@ def test_a_value_too_large_for_the_type_stops_the_conversion(tmp_path: Path) -> 
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
-def test_little_memory_gives_the_same_bytes(tmp_path: Path) -> None:
-    """Steps cut as finely as they can be, on several workers, against whole steps on one."""
-    write_hf_folder(tmp_path / "in", *mxfp4(config_of(num_local_experts=7)), shards=3)
+@pytest.mark.parametrize("piece", [1, 100, 3000])
+def test_finely_cut_steps_give_the_same_bytes(tmp_path: Path, monkeypatch, piece: int) -> None:
+    """At full width every step is cut; here too, as finely as it can be, against whole steps."""
+    made = mxfp4(config_of(num_local_experts=7))
+    write_hf_folder(tmp_path / "in", *made, shards=3)
     import_checkpoint(tmp_path / "in", tmp_path / "a", workers=1)
-    import_checkpoint(tmp_path / "in", tmp_path / "b", workers=3, max_memory=80_000_000)
-    for file in sorted(p for p in (tmp_path / "a").rglob("*") if p.is_file()):
-        other = tmp_path / "b" / file.relative_to(tmp_path / "a")
-        assert filecmp.cmp(file, other, shallow=False), file
+    export_checkpoint(tmp_path / "a", tmp_path / "a_hf", workers=1)
+    assert compare(made[1], tmp_path / "a_hf") == 37
+    monkeypatch.setattr(execute, "PIECE_BYTES", piece)
+    import_checkpoint(tmp_path / "in", tmp_path / "b", workers=3)
+    export_checkpoint(tmp_path / "b", tmp_path / "b_hf", workers=3)
+    for one, two in (("a", "b"), ("a_hf", "b_hf")):
+        for file in sorted(p for p in (tmp_path / one).rglob("*") if p.is_file()):
+            other = tmp_path / two / file.relative_to(tmp_path / one)
+            assert filecmp.cmp(file, other, shallow=False), file
 
 
 def test_the_reference_model(tmp_path: Path) -> None:

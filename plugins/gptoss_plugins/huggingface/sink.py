@@ -12,7 +12,7 @@ from gptoss_convert.plan import ConversionPlan, Group, Step
 from gptoss_plugins.huggingface.headers import INDEX, SINGLE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -52,7 +52,7 @@ class HuggingFaceSink:
         header = self._headers[group.name]
         writer = BlockWriter(self._folder / group.name, len(header) + group.nbytes)
         writer.append_bytes(header)
-        return ShardWriter(writer)
+        return ShardWriter(writer, dict(_tensors(group.steps)))
 
     def finish(self) -> None:
         """Companions, then the config, then what tells a loader where the tensors are."""
@@ -97,17 +97,26 @@ def _same_dtype(value: Any, dtype: str) -> bool:
 
 
 class ShardWriter:
-    """Tensors arrive in the header's order, so the bytes only have to be appended."""
+    """Tensors must arrive in the header's order; then their bytes only have to be appended."""
 
-    def __init__(self, writer: BlockWriter) -> None:
+    def __init__(self, writer: BlockWriter, specs: Mapping[str, TensorSpec]) -> None:
         self._writer = writer
+        self._places: dict[str, tuple[int, int]] = {}  # name -> first byte, bytes per row
+        start = writer.position
+        for name, spec in specs.items():
+            self._places[name] = start, spec.nbytes // spec.shape[0] if spec.shape else 0
+            start += spec.nbytes
+        self._end = start
 
     def write(self, name: str, rows: slice, tensor: Tensor) -> None:
         """Append the elements."""
+        start, row = self._places[name]
+        self._writer.require(start + rows.start * row, name)
         self._writer.append(tensor)
 
     def close(self) -> None:
         """Put the shard in place."""
+        self._writer.require(self._end, "the end")
         self._writer.close()
 
     def abort(self) -> None:

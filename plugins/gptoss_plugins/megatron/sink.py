@@ -101,7 +101,8 @@ class TorchDistSink:
         """Start a data file."""
         self._folder.mkdir(exist_ok=True)
         writer = BlockWriter(self._folder / group.name, self._file_bytes(group))
-        return GroupFile(writer, self._items[group.name])
+        specs = {o.name: o.spec for step in group.steps for o in step.outputs}
+        return GroupFile(writer, self._items[group.name], specs)
 
     def finish(self) -> None:
         """Small files, then ``.metadata``, then the mark of completeness, then the trackers."""
@@ -155,15 +156,28 @@ class TorchDistSink:
 class GroupFile:
     """One data file: the items of a group's outputs, in order."""
 
-    def __init__(self, writer: BlockWriter, items: Mapping[str, list[_Item]]) -> None:
+    def __init__(
+        self,
+        writer: BlockWriter,
+        items: Mapping[str, list[_Item]],
+        specs: Mapping[str, TensorSpec],
+    ) -> None:
         self._writer = writer
+        self._row_bytes = {n: s.nbytes // s.shape[0] if s.shape else 0 for n, s in specs.items()}
+        self._taken = dict.fromkeys(items, 0)  # bytes of each output so far
         self._left = {name: list(found) for name, found in items.items()}
         self._missing = 0  # bytes of data the item under way still needs
 
     def write(self, name: str, rows: slice, tensor: Tensor) -> None:
+        """Take the next rows of an output."""
+        if rows.start * self._row_bytes[name] != self._taken[name]:
+            raise RuntimeError(f"{name} came from row {rows.start} on, out of order")
+        self._taken[name] += tensor.numel() * tensor.element_size()
+        self._spread(self._left[name], tensor)
+
+    def _spread(self, left: list[_Item], tensor: Tensor) -> None:
         """Spread a piece over the items it covers, or continue the item it is part of."""
         nbytes = tensor.numel() * tensor.element_size()
-        left = self._left[name]
         room = self._missing or left[0].frame.data_bytes
         if nbytes <= room:
             self._append_part(left, tensor, nbytes)
@@ -172,13 +186,14 @@ class GroupFile:
                 self._append_part(left, part, room)
         else:  # a piece across the end of an item that was cut for its size
             count = room // (nbytes // tensor.shape[0])
-            self.write(name, rows, tensor[:count])
-            self.write(name, rows, tensor[count:])
+            self._spread(left, tensor[:count])
+            self._spread(left, tensor[count:])
 
     def _append_part(self, left: list[_Item], part: Tensor, nbytes: int) -> None:
         item = left[0]
         if not self._missing:
-            self._writer.append_bytes(bytes(item.at.offset - self._writer.position))
+            self._writer.append_bytes(bytes(-self._writer.position % ALIGNMENT))
+            self._writer.require(item.at.offset, item.chunk.key)
             self._writer.append_bytes(item.frame.head)
             self._missing = item.frame.data_bytes
         self._writer.append(part)
