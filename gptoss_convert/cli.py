@@ -83,7 +83,8 @@ def _fail(error: Exception) -> NoReturn:
     if isinstance(error, ConvertError):
         text, code = str(error), error.exit_code
     elif isinstance(error, OSError):
-        text, code = f"{error.filename or 'system'}: {error.strerror or error}", 1
+        where = f"{error.filename}: " if error.filename else ""
+        text, code = f"{where}{error.strerror or error}; check the path and its permissions", 1
     else:
         text, code = f"internal error ({error!r}); say --debug for its place and report it", 1
     click.echo(f"error: {text}", err=True)
@@ -253,6 +254,7 @@ def import_(
     """Hugging Face checkpoint -> Megatron checkpoint."""
     from gptoss_convert.convert import prepare_import
 
+    target = required(megatron_path, "--megatron-path")
     conversion = prepare_import(
         required(hf_model, "--hf-model"),
         torch_dtype=torch_dtype,
@@ -260,7 +262,7 @@ def import_(
         choice=_choice(model, codec, format_),
         revision=hf_revision,
     )
-    _run(conversion, required(megatron_path, "--megatron-path"), **run)
+    _run(conversion, target, **run)
 
 
 @main.command("export")
@@ -292,6 +294,7 @@ def export(
     """
     from gptoss_convert.convert import prepare_export
 
+    target = required(hf_path, "--hf-path")
     conversion = prepare_export(
         required(megatron_path, "--megatron-path"),
         hf_model=hf_model,
@@ -300,7 +303,7 @@ def export(
         choice=_choice(model, codec, format_),
         revision=hf_revision,
     )
-    _run(conversion, required(hf_path, "--hf-path"), **run)
+    _run(conversion, target, **run)
 
 
 def required(value: Any, flag: str) -> Any:

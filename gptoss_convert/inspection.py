@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from gptoss_convert.convert import Choice, config_of
 from gptoss_convert.errors import ConvertError, PlanError
+from gptoss_convert.opening import config_of, own_config
 from gptoss_convert.plan import ConversionPlan, make_plan
 
 if TYPE_CHECKING:
+    from gptoss_convert.opening import Choice
     from gptoss_convert.registry import Registry
     from gptoss_convert.types import TensorSource
 
@@ -28,7 +29,7 @@ def inspect_source(source: TensorSource, registry: Registry, choice: Choice) -> 
     except PlanError as error:
         problems += error.problems
     try:
-        config = config_of(source, registry, choice)
+        config = own_config(source) if importing else config_of(source, registry, choice)
         plan = make_plan(
             "import" if importing else "export",
             specs,

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from gptoss_convert.errors import PlanError, blame
+from gptoss_convert.errors import ConfigError, PlanError, blame
 from gptoss_convert.fit import Direction, Draft, Fitter, Input, house_dtype
 from gptoss_convert.ops import units
 from gptoss_convert.types import Codec, Config, ModelFamily, Rule, TensorSpec
@@ -204,8 +204,8 @@ def make_plan(
         PlanError: listing every misfit.
 
     """
+    megatron_config = to_megatron(family, config, where)
     with blame(f"model family {family.name}"):
-        megatron_config = family.megatron_config(config)
         rules, layers = list(family.rules(config)), megatron_config["num_layers"]
     fitter = Fitter(specs, codec, known_codecs)
     drafts = list(fitter.fit(rules, layers, direction))
@@ -224,6 +224,26 @@ def make_plan(
         files or {},
         name_or_path,
     )
+
+
+def to_megatron(family: ModelFamily, config: Config, where: str) -> dict[str, Any]:
+    """The config in Megatron's fields.
+
+    Raises:
+        ConfigError: naming every field that is absent or of another type.
+    """
+    wrong = [
+        f"{name} is missing" if name not in config else f"{name} is {config[name]!r}"
+        for name, kind in family.fields.items()
+        if not isinstance(config.get(name), kind)
+        or (isinstance(config[name], bool) and kind is not bool)
+    ]
+    if wrong:
+        raise ConfigError(
+            f"{where}: config.json: {'; '.join(wrong)}; restore the model's own config.json"
+        )
+    with blame(f"model family {family.name}"):
+        return family.megatron_config(config)
 
 
 def _step(draft: Draft, dtype: str, direction: Direction) -> Step:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import pluggy
 
 from gptoss_convert import hookspecs
-from gptoss_convert.errors import PluginError
+from gptoss_convert.errors import ConfigError, PluginError
 from gptoss_convert.types import Codec, Format, ModelFamily, Recipe, Resharder, Validator
 
 if TYPE_CHECKING:
@@ -186,18 +186,31 @@ class Registry:
 
     def model_for(self, config: Config, name: str | None = None) -> ModelFamily:
         """The one family that answers to a config's architectures, or the named one."""
-        wanted = list(config.get("architectures") or ())
+        wanted = config.get("architectures") or []
+        if not isinstance(wanted, list):
+            raise ConfigError(
+                f"config.json: architectures is {wanted!r} and no list; restore the model's own "
+                f"config.json"
+            )
         return self._choose(
             "models",
             self.models(),
-            lambda family: bool(family.architectures.intersection(wanted)),
+            lambda family: any(
+                name in family.architectures for name in wanted if isinstance(name, str)
+            ),
             name,
             f"the architecture {', '.join(map(str, wanted)) or '(none named in config.json)'}",
         )
 
     def codec_for(self, config: Config, name: str | None = None) -> Codec | None:
         """The codec a config declares, or the named one; None if it declares none."""
-        declared = (config.get("quantization_config") or {}).get("quant_method")
+        quantization = config.get("quantization_config") or {}
+        if not isinstance(quantization, dict):
+            raise ConfigError(
+                f"config.json: quantization_config is {quantization!r} and no object; restore the "
+                f"model's own config.json"
+            )
+        declared = quantization.get("quant_method")
         if name is None and not declared:
             return None
         what = f"the quantization {declared!r}"
@@ -233,8 +246,15 @@ class Registry:
     def format_of(
         self, folder: Any, side: Side | None = None, name: str | None = None
     ) -> Format | None:
-        """The one format that recognises a folder, or the named one; None if none does."""
-        every = self.formats(side)
+        """The one format that recognises a folder, or the named one; None if none does.
+
+        A name of the other side is not meant for this folder.
+        """
+        every, known = self.formats(side), self.formats()
+        if name is not None and name not in known:
+            raise PluginError(f"--format {name}: there is none; there are {_names(known)}")
+        if name not in every:
+            name = None
         if name is None and not any(f.detect(folder) for f in every.values()):
             return None
         return self._choose("formats", every, lambda f: f.detect(folder), name, str(folder))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gptoss_convert.convert import RESIDENT, Conversion, Result
+from gptoss_convert.conversion import RESIDENT, Conversion, Result
 from gptoss_convert.errors import MOST_SHOWN
 from gptoss_convert.execute import default_workers, make_budget
 from gptoss_convert.registry import KINDS, Registry

@@ -30,7 +30,9 @@ def require_checkpoint(path: Path) -> None:
         try:
             os.listdir(path)
         except OSError as error:
-            raise ConvertError(f"{path}: cannot be read: {error.strerror}") from None
+            raise ConvertError(
+                f"{path}: cannot be read: {error.strerror}; check its permissions"
+            ) from None
         return
     if unfinished(path):
         raise IncompleteError(
@@ -66,6 +68,7 @@ class Staging:
 
     def check_target(self) -> None:
         """Refuse a target that is in use, before anything is read or written."""
+        self._recover()
         target = self.target
         if not target.name:
             raise UsageError(f"{target}: is no folder name to write to")
@@ -73,11 +76,10 @@ class Staging:
             raise ConvertError(f"{target}: is not a folder; choose another target")
         if target.is_dir() and os.path.ismount(target):
             raise ConvertError(f"{target}: is a mount point; choose a folder inside it")
-        if target.is_dir() and any(target.iterdir()) and not self._overwrite:
-            raise ConvertError(
-                f"{target}: is not empty; choose another target, or say --overwrite to replace it"
-            )
-        parent = existing_parent(target)
+        self._refuse_to_replace()
+        parent = next(p for p in target.parents if p.exists() or p.is_symlink())
+        if not parent.is_dir():
+            raise ConvertError(f"{parent}: is not a folder; choose another target")
         if not os.access(parent, os.W_OK | os.X_OK):
             raise ConvertError(f"{parent}: cannot be written to; choose another target")
 
@@ -98,7 +100,6 @@ class Staging:
             ConvertError: if another run is writing to the same target.
 
         """
-        self._restore()
         for other in unfinished(self.target):
             if other != self.folder:
                 lock = _lock(other, self.target)
@@ -111,28 +112,50 @@ class Staging:
             part.unlink()
         return any(p.is_file() for p in self.folder.rglob("*"))
 
-    def _restore(self) -> None:
-        """Undo a replacement that stopped between its two renames."""
+    def _refuse_to_replace(self) -> None:
+        if self.target.is_dir() and any(self.target.iterdir()) and not self._overwrite:
+            raise ConvertError(
+                f"{self.target}: is not empty; choose another target, or say --overwrite to "
+                f"replace it"
+            )
+
+    def _recover(self) -> None:
+        """Undo a replacement that stopped between its two renames, or finish its clean-up.
+
+        Raises:
+            ConvertError: if the run that replaces is still at it.
+        """
         if self._old.exists():
+            lock = _lock(self._old, self.target)
             if self.target.exists():
                 shutil.rmtree(self._old)
             else:
                 self._old.rename(self.target)
+            os.close(lock)
 
     def publish(self) -> None:
-        """Put the finished folder in place of the target."""
+        """Put the finished folder in place of the target.
+
+        Raises:
+            ConvertError: if the target came into use meanwhile.
+        """
         sync_folder(self.folder)
-        if self.target.is_dir() and any(self.target.iterdir()):
+        self._refuse_to_replace()
+        lock = None
+        if self.target.is_dir():
+            lock = _lock(self.target, self.target)
             self.target.rename(self._old)
         self.folder.rename(self.target)
         sync_folder(self.target.parent)
-        if self._old.exists():
+        if lock is not None:
             shutil.rmtree(self._old)
+            os.close(lock)
         self.release()
 
     def discard(self) -> None:
-        """Remove the folder and all work in it, and the parents that were made for it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the folder, if it is ours, with all work in it and the parents made for it."""
+        if self._lock is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
         for parent in self._made:
             with contextlib.suppress(OSError):  # somebody else uses it by now
                 parent.rmdir()

@@ -554,6 +554,24 @@ def test_damaged_item(
     assert_refused(done, 1, MIDDLE, "damaged")
 
 
+@pytest.mark.parametrize("field", [26, 28], ids=["length of the name", "length of the padding"])
+def test_damaged_frame(
+    field: int, megatron: Path, tmp_path: Path, invoke: Run, unchanged: Callable[[], None]
+) -> None:
+    """A zip header that places the data a few bytes later must not shift the weights."""
+    chunk = TorchDistSource(megatron).contents.tensors[FC1].chunks[3].at
+    with open(iteration(megatron, chunk.file), "r+b") as file:
+        file.seek(chunk.offset)
+        item = file.read(chunk.length)
+        header = item.rindex(b"PK\3\4")  # of the record with the data
+        (length,) = struct.unpack_from("<H", item, header + field)
+        file.seek(chunk.offset + header + field)
+        file.write(struct.pack("<H", length + 4))
+    unchanged()
+    done = invoke("export", "--megatron-path", megatron, "--hf-path", tmp_path / "new" / "hf")
+    assert_refused(done, 1, chunk.file, "damaged")
+
+
 def test_another_reference_on_export(
     megatron: Path, tmp_path: Path, invoke: Run, write_tiny: Any, unchanged: Callable[[], None]
 ) -> None:

@@ -131,15 +131,15 @@ def megatron_config(config: Config) -> dict[str, Any]:
         "should_pad_vocab": False,
         "seq_length": config["max_position_embeddings"],
         "layernorm_epsilon": float(config["rms_norm_eps"]),
-        "init_method_std": float(config.get("initializer_range", 0.02)),
-        "attention_dropout": float(config.get("attention_dropout", 0.0)),
+        "init_method_std": _number(config, "initializer_range", 0.02),
+        "attention_dropout": _number(config, "attention_dropout", 0.0),
         "hidden_dropout": 0.0,
         "normalization": "RMSNorm",
         "add_bias_linear": True,
         "add_qkv_bias": True,
         "gated_linear_unit": True,
         "activation_func": "quick_gelu",
-        "activation_func_clamp_value": float(config.get("swiglu_limit", 7.0)),
+        "activation_func_clamp_value": _number(config, "swiglu_limit", 7.0),
         "glu_linear_offset": 1.0,
         "softmax_type": "learnable",
         "window_size": [config["sliding_window"] - 1, 0],
@@ -149,7 +149,7 @@ def megatron_config(config: Config) -> dict[str, Any]:
         "moe_router_topk": config["num_experts_per_tok"],
         "moe_router_pre_softmax": False,
         "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": float(config.get("router_aux_loss_coef", 0.9)),
+        "moe_aux_loss_coeff": _number(config, "router_aux_loss_coef", 0.9),
         "moe_layer_freq": 1,
         "moe_grouped_gemm": True,
         "moe_token_dispatcher_type": "alltoall",
@@ -199,7 +199,7 @@ def _require_gpt_oss(config: Config) -> None:
         "hidden_act": config["hidden_act"] != "silu",
         "attention_bias": config["attention_bias"] is not True,
         "layer_types": len(kinds) != layers
-        or not set(kinds) <= {"sliding_attention", "full_attention"},
+        or any(kind not in ("sliding_attention", "full_attention") for kind in kinds),
         "num_key_value_heads": groups < 1 or heads % max(groups, 1) != 0,
         "num_hidden_layers": layers < 1,
     }
@@ -209,6 +209,16 @@ def _require_gpt_oss(config: Config) -> None:
                 f"config.json: {name} {config[name]!r} does not make a GPT-OSS model "
                 f"({layers} layers, {heads} heads); restore the model's own config.json"
             )
+
+
+def _number(config: Config, name: str, default: float) -> float:
+    """A field that older configs lack; there, what GPT-OSS has always had."""
+    value = config.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, NUMBER):
+        raise ConfigError(
+            f"config.json: {name} is {value!r} and no number; restore the model's own config.json"
+        )
+    return float(value)
 
 
 def _window_pattern(kinds: list[str]) -> int | list[int]:
@@ -269,10 +279,9 @@ def _rope_parameters(config: Config) -> dict[str, Any]:
             "config.json: neither rope_parameters nor rope_scaling is there, and without YaRN the "
             "model would be another; restore the model's own config.json"
         )
-    old = {**(config.get("rope_scaling") or {})}
+    old, new = (_rope_object(config, name) for name in ("rope_scaling", "rope_parameters"))
     if "rope_theta" in config:
         old["rope_theta"] = config["rope_theta"]
-    new = {**(config.get("rope_parameters") or {})}
     for rope in (old, new):
         if "type" in rope:
             rope.setdefault("rope_type", rope.pop("type"))
@@ -282,6 +291,15 @@ def _rope_parameters(config: Config) -> dict[str, Any]:
             f"{', '.join(clash)}; remove the wrong one"
         )
     return _require_known_rope({**old, **new})
+
+
+def _rope_object(config: Config, name: str) -> dict[str, Any]:
+    value = config.get(name) or {}
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"config.json: {name} is {value!r} and no object; restore the model's own config.json"
+        )
+    return {**value}
 
 
 def _require_known_rope(rope: dict[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: is missing; fetch the whole checkpoint") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        raise CheckpointError(
+            f"{path}: cannot be read: {error.strerror}; check its permissions"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is no valid JSON ({error}); fetch it again") from None
     if not isinstance(value, dict):
@@ -142,7 +144,9 @@ def read_header(path: Path) -> Shard:
                 )
             header = file.read(length)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        raise CheckpointError(
+            f"{path}: cannot be read: {error.strerror}; check its permissions"
+        ) from None
     try:
         table = json.loads(header, object_pairs_hook=_no_duplicates)
         if not isinstance(table, dict):

@@ -59,10 +59,13 @@ class HuggingFaceSource:
 
     def describe(self) -> Mapping[str, Any]:
         """Shards, the declared quantization, companions."""
-        quantization = (self.config or {}).get("quantization_config") or {}
+        quantization = (self.config or {}).get("quantization_config")
+        method = (
+            quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        )
         return {
             "shards": [shard.file for shard in self._shards],
-            "quantization": quantization.get("quant_method"),
+            "quantization": method,
             "companions": sorted(self.files),
         }
 

@@ -22,15 +22,14 @@ IMPORTED = "iter_0000000"
 def iteration_folder(folder: Path) -> Path | None:
     """The folder with the tensors: ``folder`` itself, or the iteration its tracker names.
 
-    Without a tracker the highest ``iter_*`` counts. None if there is no such folder.
+    Without a tracker the highest ``iter_*`` counts. None if there is neither.
     """
     if (folder / METADATA).is_file() or (folder / MARK).is_file():
         return folder
     tracker = folder / TRACKER
     if tracker.is_file():
         text = tracker.read_text(errors="replace").strip()
-        named = folder / (f"iter_{int(text):07d}" if text.isdecimal() else "release")
-        return named if named.is_dir() else None
+        return folder / (f"iter_{int(text):07d}" if text.isdecimal() else "release")
     found = sorted(p for p in folder.glob("iter_*") if (p / METADATA).is_file())
     return found[-1] if found else None
 

@@ -5,6 +5,8 @@ Its format is torch.distributed.checkpoint's ``Metadata``, pickled.
 
 from __future__ import annotations
 
+import itertools
+import math
 import pickle
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -155,6 +157,48 @@ def _stored(info: Any) -> Stored:
     if not all(type(n) is int and n >= 0 for n in (offset, length)):
         raise ValueError(f"a chunk at {offset}, {length} bytes long")
     return Stored(file, offset, length)
+
+
+def is_tiled(tensor: Tensor) -> bool:
+    """Whether the chunks cover the tensor exactly: no hole, no overlap, nothing outside."""
+    shape = tensor.spec.shape
+    boxes = [(c.offsets, c.sizes) for c in tensor.chunks]
+    inside = all(
+        len(offsets) == len(sizes) == len(shape)
+        and all(o + n <= whole for o, n, whole in zip(offsets, sizes, shape, strict=True))
+        for offsets, sizes in boxes
+    )
+    volume = sum(math.prod(sizes) for _, sizes in boxes)
+    return inside and volume == math.prod(shape) and not _overlap(boxes)
+
+
+def _overlap(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """Sweep along the first axis on which the boxes begin at different places."""
+    if len(boxes) < 2:
+        return False
+    starts = zip(*(offsets for offsets, _ in boxes), strict=True)
+    axis = next((i for i, along in enumerate(starts) if len(set(along)) > 1), None)
+    if axis is None:
+        return True
+    groups: dict[int, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
+    for box in boxes:
+        groups.setdefault(box[0][axis], []).append(box)
+    edges = sorted(groups)
+    for start, after in itertools.pairwise(edges):
+        if any(start + sizes[axis] > after for _, sizes in groups[start]):
+            return _overlap_pairwise(boxes)
+    return any(_overlap(group) for group in groups.values())
+
+
+def _overlap_pairwise(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """For grids that are no product of cuts; those are small."""
+    return any(
+        all(
+            max(a, b) < min(a + n, b + m)
+            for a, n, b, m in zip(one[0], one[1], two[0], two[1], strict=True)
+        )
+        for one, two in itertools.combinations(boxes, 2)
+    )
 
 
 def files(contents: Contents) -> dict[str, int]:

@@ -170,7 +170,8 @@ def _from_run_config(path: Path) -> dict[str, Any] | None:
         model = yaml.safe_load(path.read_bytes())["model"]
         fields = {k: v for k, v in model.items() if not k.startswith("_")}
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: is no run config ({error}); restore it") from None
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: is no run config ({reason}); restore it") from None
     activation = fields.get("activation_func")
     if isinstance(activation, Mapping):
         fields["activation_func"] = str(activation.get("_target_")).rsplit(".", 1)[-1]

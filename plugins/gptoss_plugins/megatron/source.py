@@ -14,7 +14,7 @@ from gptoss_convert.scratch import Scratch
 from gptoss_convert.types import Config, TensorSpec
 from gptoss_plugins.huggingface.headers import read_json
 from gptoss_plugins.megatron import metadata, sidecars
-from gptoss_plugins.megatron.folder import MARK, METADATA, companions, iteration_folder
+from gptoss_plugins.megatron.folder import MARK, METADATA, TRACKER, companions, iteration_folder
 from gptoss_plugins.megatron.keys import is_stacked, is_weight, parameter
 from gptoss_plugins.megatron.torchzip import Item, read_item, strides
 
@@ -34,6 +34,11 @@ class TorchDistSource:
         iteration = iteration_folder(folder)
         if iteration is None:
             raise CheckpointError(f"{folder}: holds no torch_dist checkpoint; check the path")
+        if not iteration.is_dir():
+            raise CheckpointError(
+                f"{folder}: {TRACKER} names {iteration.name}, which is not there; copy it again, "
+                f"or give the iter_* folder you mean"
+            )
         for name in (METADATA, MARK):
             if not (iteration / name).is_file():
                 raise CheckpointError(
@@ -83,7 +88,7 @@ class TorchDistSource:
         return self._specs
 
     def check(self) -> None:
-        """Every data file is there and long enough."""
+        """Every data file is there and long enough, and every key is covered by its chunks."""
         problems = []
         for file, least in metadata.files(self.contents).items():
             path = self.iteration / file
@@ -94,6 +99,11 @@ class TorchDistSource:
                 problems.append(
                     f"{file}: is cut short ({size} bytes, at least {least} are due); copy it again"
                 )
+        problems += [
+            f"{key}: its chunks do not cover it exactly; write the checkpoint again"
+            for key, tensor in self.contents.tensors.items()
+            if is_weight(key) and not metadata.is_tiled(tensor)
+        ]
         if problems:
             raise PlanError(str(self.iteration), problems)
 

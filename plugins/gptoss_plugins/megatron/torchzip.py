@@ -12,7 +12,7 @@ import io
 import pickle
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -38,7 +38,7 @@ _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
 _END = struct.Struct("<4sHHHHIIH")
 _EXTRA = struct.Struct("<2sH")
-_UTF8 = 0x800
+_UTF8, _DESCRIPTOR_FOLLOWS = 0x800, 0x8  # flags
 _DOS_DATE = 0x21  # 1 January 1980, the earliest there is: the bytes must not depend on the clock
 
 
@@ -192,13 +192,14 @@ def read_item(file: BlockReader, offset: int, length: int) -> Item:
     where = f"{file.path} at byte {offset}"
     try:
         records = _records(file, offset, length)
-        (pickled,) = [r for name, r in records.items() if name.endswith("/data.pkl")]
-        start, size = _stored(file, offset, pickled)
-        record = load_tensor_record(file.peek(start, size), where)
-        suffix = f"/data/{record.key}"
-        (data,) = [r for name, r in records.items() if name.endswith(suffix)]
-        start, size = _stored(file, offset, data)
-        return _checked(record, start, size, where)
+        (pickled,) = [r for r in records if r.name.endswith(b"/data.pkl")]
+        rebuild = file.peek(pickled.start, pickled.size)
+        if pickled.checksum not in (0, zlib.crc32(rebuild)):
+            raise ValueError("its pickle's checksum is wrong")
+        record = load_tensor_record(rebuild, where)
+        suffix = f"/data/{record.key}".encode()
+        (data,) = [r for r in records if r.name.endswith(suffix)]
+        return _checked(record, data.start, data.size, where)
     except (ValueError, KeyError, struct.error) as error:
         raise CheckpointError(
             f"{where}: is no stored tensor ({error}); the file is damaged, fetch it again"
@@ -215,22 +216,58 @@ def _checked(record: TensorRecord, start: int, size: int, where: str) -> Item:
     return Item(record.dtype, record.shape, record.strides, first)
 
 
-def _records(file: BlockReader, offset: int, length: int) -> dict[str, tuple[int, int, int]]:
-    """Record name -> (compression, size, offset of its local header), from the item's end."""
+@dataclass(frozen=True)
+class _Entry:
+    """A record of an item being read; ``start`` is the first byte of its data in the file."""
+
+    name: bytes
+    start: int
+    size: int
+    checksum: int
+
+
+def _records(file: BlockReader, offset: int, length: int) -> list[_Entry]:
+    """The records of an item, from the directory at its end, checked against their headers."""
     tail = file.peek(offset + max(0, length - (1 << 16)), min(length, 1 << 16))
     end = tail.rindex(b"PK\5\6")
     _, _, _, _, count, size, start, _ = _END.unpack_from(tail, end)
     at = len(tail) - length + start if start < 0xFFFFFFFF else end - size
-    found = {}
+    listed = []
+    directory = offset + length - len(tail) + at
     for _ in range(count):
-        _, _, _, _flags, method, *_, packed, plain, name, extra, note, _, _, _, header = (
+        _, _, _, flags, method, _, _, crc, packed, plain, name, extra, note, _, _, _, header = (
             _CENTRAL.unpack_from(tail, at)
         )
-        text = tail[at + _CENTRAL.size :][:name].decode()
+        if method != 0:
+            raise ValueError("a compressed record")
+        text = tail[at + _CENTRAL.size :][:name]
         plain, header = _wide(tail[at + _CENTRAL.size + name :][:extra], plain, packed, header)
-        found[text] = (method, plain, header)
+        listed.append((offset + header, flags, _Entry(text, 0, plain, crc)))
         at += _CENTRAL.size + name + extra + note
-    return found
+    listed.sort(key=lambda record: record[0])
+    ends = [header for header, _, _ in listed[1:]] + [directory]
+    return [_located(file, *record, end) for record, end in zip(listed, ends, strict=True)]
+
+
+def _located(file: BlockReader, header: int, flags: int, entry: _Entry, end: int) -> _Entry:
+    """Where the data of a record begins; its own header must not shift it by a single byte.
+
+    Args:
+        file: the file.
+        header: where the record's header is in it.
+        flags: from the directory; they say whether checksum and sizes follow the data.
+        entry: the record as the directory has it.
+        end: where the next record, or the directory, begins.
+    """
+    fixed = file.peek(header, _LOCAL.size + len(entry.name))
+    *_, name, extra = _LOCAL.unpack_from(fixed)
+    start = header + _LOCAL.size + name + extra
+    between = end - start - entry.size
+    if fixed[_LOCAL.size :] != entry.name or name != len(entry.name):
+        raise ValueError("a record whose header has another name")
+    if between not in ((16, 24) if flags & _DESCRIPTOR_FOLLOWS else (0,)):
+        raise ValueError("a record that does not end where the next begins")
+    return replace(entry, start=start)
 
 
 def _wide(extra: bytes, plain: int, packed: int, header: int) -> tuple[int, int]:
@@ -248,12 +285,3 @@ def _wide(extra: bytes, plain: int, packed: int, header: int) -> tuple[int, int]
     plain = full(plain)
     full(packed)
     return plain, full(header)
-
-
-def _stored(file: BlockReader, offset: int, record: tuple[int, int, int]) -> tuple[int, int]:
-    """(first byte in the file, size) of an uncompressed record."""
-    method, size, header = record
-    if method != 0:
-        raise ValueError("a compressed record")
-    fields = _LOCAL.unpack(file.peek(offset + header, _LOCAL.size))
-    return offset + header + _LOCAL.size + fields[9] + fields[10], size

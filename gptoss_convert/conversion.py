@@ -1,0 +1,187 @@
+"""A prepared conversion, and running it."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import gptoss_convert
+from gptoss_convert.errors import (
+    ConvertError,
+    IncompleteError,
+    MismatchError,
+    ResourceError,
+)
+from gptoss_convert.execute import (
+    DEFAULT_MAX_MEMORY,
+    Executor,
+    Progress,
+    default_workers,
+    make_budget,
+)
+from gptoss_convert.staging import Staging, human
+
+if TYPE_CHECKING:
+    from gptoss_convert.plan import ConversionPlan
+    from gptoss_convert.registry import Registry
+    from gptoss_convert.types import Format, TensorSink, TensorSource
+
+log = logging.getLogger("gptoss_convert")
+RESIDENT = 320 << 20  # Python with torch imported and its threads, measured and rounded up
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a conversion did."""
+
+    plan: ConversionPlan = field(repr=False)
+    target: Path
+    seconds: float
+    resumed: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; the schema is described in docs/json.md."""
+        return {
+            "schema": "gptoss-convert.result/1",
+            "direction": self.plan.direction,
+            "model": self.plan.family,
+            "target": str(self.target),
+            "parameters": self.plan.parameters,
+            "bytes_in": self.plan.bytes_in,
+            "bytes_out": self.plan.bytes_out,
+            "seconds": round(self.seconds, 3),
+            "resumed": self.resumed,
+        }
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A prepared conversion: everything is known, nothing has been written."""
+
+    plan: ConversionPlan
+    source: TensorSource
+    target_format: Format
+    registry: Registry
+    reference: Path | None = None
+
+    def sink(self, folder: Path) -> TensorSink:
+        """The sink that would write to ``folder``; touches no disk."""
+        return self.target_format.create(folder, self.plan)
+
+    def run(
+        self,
+        target: str | Path,
+        *,
+        workers: int | None = None,
+        max_memory: int = DEFAULT_MAX_MEMORY,
+        overwrite: bool = False,
+        progress: Progress = lambda nbytes: None,
+    ) -> Result:
+        """Convert into the folder ``target``, which appears whole or not at all.
+
+        Args:
+            target: the folder to make.
+            workers: groups (layers or shards) written side by side; None picks.
+            max_memory: bound of the bytes in flight.
+            overwrite: whether a non-empty target may be replaced.
+            progress: called with the bytes of output just finished, from any thread.
+
+        Raises:
+            ConvertError: see its subclasses for the exit codes.
+
+        """
+        started = time.monotonic()
+        self._check(Path(target))
+        staging = Staging(Path(target), self._key(), overwrite=overwrite)
+        staging.check_target()
+        sink = self.sink(staging.folder)
+        budget = make_budget(sink, workers or default_workers(), max_memory)
+        check_memory(budget.in_flight + RESIDENT)
+        staging.check_space(sink.nbytes)
+        try:
+            if resumed := staging.open():
+                log.info("going on with the unfinished %s", staging.folder)
+            validators = self.registry.validators().values()
+            Executor(self.plan, self.source, sink, validators, progress).run(budget)
+            sink.finish()
+            self._validate("checkpoint", staging.folder)
+            staging.publish()
+        except BaseException as error:
+            _stopped(error, staging, sink)
+        return Result(self.plan, staging.target, time.monotonic() - started, resumed)
+
+    def _key(self) -> str:
+        """Stands for all that decides the bytes of the result."""
+        facts = (
+            self.plan.digest(),
+            self.source.fingerprint(),
+            self.target_format.name,
+            gptoss_convert.__version__,
+        )
+        return hashlib.sha256("\n".join(facts).encode()).hexdigest()
+
+    def _check(self, target: Path) -> None:
+        """What can be refused for the sake of the source and the plan."""
+        for path in filter(None, (self.source.path, self.reference)):
+            mine, theirs = target.resolve(), path.resolve()
+            if mine == theirs or mine in theirs.parents or theirs in mine.parents:
+                raise ConvertError(
+                    f"{target}: contains {path}, or lies in it; choose another target"
+                )
+        self.source.check()
+        self._validate("plan", None)
+        for wide, narrow in self.plan.casts:
+            log.warning("rounding %s to %s (to nearest, ties to even)", wide, narrow)
+
+    def _validate(self, stage: str, folder: Path | None) -> None:
+        for validator in self.registry.validators().values():
+            if validator.stage != stage:
+                continue
+            found = validator.check(self.plan, folder) if folder else validator.check(self.plan)
+            for finding in found:
+                text = f"{finding.where}: {finding.what}"
+                if finding.severity == "error":
+                    raise MismatchError(f"{text}; {finding.remedy}")
+                log.warning("%s", text)
+
+
+def _stopped(error: BaseException, staging: Staging, sink: TensorSink) -> NoReturn:
+    """Keep finished work if going on makes sense, else remove it; then raise what the user needs."""
+    done = sum(sink.done(group) for group in sink.groups)
+    resumable = isinstance(error, OSError) or not isinstance(error, Exception)  # Ctrl-C
+    if not resumable or not done:
+        staging.discard()
+    else:
+        staging.release()
+    if not isinstance(error, OSError):
+        raise error
+    where = error.filename or staging.target
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        text = f"{where}: the disk is full; make room and run the same command again"
+        raise ResourceError(text) from error
+    text = f"{where}: {error.strerror or error}; "
+    if not done:
+        raise ConvertError(text + "nothing was written, mend it and try again") from error
+    raise IncompleteError(
+        f"{text}{done} of {len(sink.groups)} parts are done, run the same command again to go on"
+    ) from error
+
+
+def check_memory(need: int) -> None:
+    """Raise ResourceError unless ``need`` bytes of memory are available."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):  # not Linux: nothing to compare with
+        return
+    if need > available:
+        raise ResourceError(
+            f"{human(need)} of memory are needed and {human(available)} are available; "
+            f"lower --max-memory or --workers"
+        )

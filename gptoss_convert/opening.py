@@ -1,0 +1,107 @@
+"""Finding and opening a checkpoint: a folder, or a name that a format can resolve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptoss_convert.errors import CheckpointError, ConfigError
+from gptoss_convert.registry import Registry, default_registry
+from gptoss_convert.staging import require_checkpoint, unfinished
+
+if TYPE_CHECKING:
+    from gptoss_convert.types import Config, Side, TensorSource
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Names that decide between plugins where several would do (``--model`` and so on)."""
+
+    model: str | None = None
+    codec: str | None = None
+    format: str | None = None
+
+
+def open_source(
+    path: str | Path,
+    side: Side | None = None,
+    *,
+    registry: Registry | None = None,
+    choice: Choice | None = None,
+    revision: str | None = None,
+    headers_only: bool = False,
+) -> TensorSource:
+    """Open a checkpoint for reading.
+
+    Args:
+        path: a folder, or a name that a format of that side can resolve (a hub id).
+        side: ``hf`` or ``megatron``; None takes whichever format recognises it.
+        registry: the plugins; the installed ones by default.
+        choice: decides where several formats would do.
+        revision: of a hub id.
+        headers_only: tensors will not be read, so a hub id need not be fetched whole.
+
+    Raises:
+        CheckpointError: if there is no such checkpoint, or nothing can read it.
+
+    """
+    registry = registry or default_registry()
+    folder = _locate(str(path), side, registry, revision, headers_only)
+    found = registry.format_of(folder, side, (choice or Choice()).format)
+    if found is None:
+        kinds = " or ".join(sorted(registry.formats(side)))
+        raise CheckpointError(
+            f"{folder}: holds no checkpoint in the format {kinds}; check the path"
+        )
+    return found.open(folder)
+
+
+def _locate(
+    name: str, side: Side | None, registry: Registry, revision: str | None, headers_only: bool
+) -> Path:
+    folder = Path(name).expanduser()
+    if not folder.exists() and not unfinished(folder):
+        for candidate in registry.formats(side).values():
+            if candidate.resolve and looks_like_an_id(name):
+                return candidate.resolve(name, revision, headers_only)
+    require_checkpoint(folder)
+    return folder
+
+
+def looks_like_an_id(name: str) -> bool:
+    """``org/model``, and not a path."""
+    return name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not name.endswith("/")
+
+
+def config_of(source: TensorSource, registry: Registry, choice: Choice) -> Config:
+    """Hugging Face's config of a checkpoint; made from Megatron's fields if that is all it has.
+
+    Raises:
+        CheckpointError: it carries neither, or not enough.
+
+    """
+    if source.config is not None:
+        return source.config
+    fields = source.megatron_config
+    families = registry.models()
+    name = choice.model or (next(iter(families)) if len(families) == 1 else None)
+    if fields is None or name not in families:
+        raise CheckpointError(
+            f"{source.path}: carries no config of its model; name one with --hf-model"
+            + ("" if fields is None else f" or --model ({' or '.join(sorted(families))})")
+        )
+    try:
+        return families[name].hf_config(fields)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{source.path}: its Megatron config does not describe a {name} model whole ({error} is "
+            f"missing); name the model with --hf-model"
+        ) from None
+
+
+def own_config(source: TensorSource) -> Config:
+    """The config.json of a Hugging Face checkpoint; ConfigError if there is none."""
+    if source.config is None:
+        raise ConfigError(f"{source.path}: has no config.json; fetch the whole checkpoint")
+    return source.config
