@@ -135,6 +135,22 @@ def twice(file: str, key: str) -> Callable[[Path], None]:
     return damage
 
 
+def rename_raw(new: str) -> Callable[[Path], None]:
+    """A name that safetensors itself would not write."""
+
+    def damage(folder: Path) -> None:
+        edit_header(folder / SHARDS[1], lambda h: h.update({new: h.pop(Q1)}))
+        edit_json(folder / INDEX, lambda i: i["weight_map"].update({new: i["weight_map"].pop(Q1)}))
+
+    return damage
+
+
+def link_to_nothing(path: Path) -> None:
+    """As a hub cache that was cleaned up leaves it."""
+    path.unlink()
+    path.symlink_to("../../blobs/0123456789abcdef")
+
+
 def twice_in_header(folder: Path) -> None:
     path = folder / SHARDS[1]
     data = path.read_bytes()
@@ -196,6 +212,7 @@ Q1, ROUTER_1 = LAYER_1 + "self_attn.q_proj.weight", LAYER_1 + "mlp.router.weight
 DOWN_1 = LAYER_1 + "mlp.experts.down_proj"
 BAD_HF = [
     Bad("missing shard", lambda f: (f / SHARDS[1]).unlink(), (SHARDS[1], INDEX, "fetch it")),
+    Bad("shard a dangling link", lambda f: link_to_nothing(f / SHARDS[1]), (SHARDS[1], "fetch it")),
     Bad("empty shard", lambda f: (f / SHARDS[1]).write_bytes(b""), (SHARDS[1], "0 bytes")),
     Bad("shard cut in its length", lambda f: cut(f / SHARDS[1], 5), (SHARDS[1], "5 bytes")),
     Bad("shard cut in its header", lambda f: cut(f / SHARDS[1], 100), (SHARDS[1], "cut short")),
@@ -249,6 +266,8 @@ BAD_HF = [
     Bad("header with a name twice", twice_in_header, (SHARDS[1], "stands twice")),
     Bad("tensor renamed", rename(Q1, Q1 + "s"), (Q1, "rename it", "2 problems")),
     Bad("layer renamed", rename(Q1, Q1.replace("1", "7", 1)), (Q1, "is missing", "layers.7")),
+    Bad("name with a line break", rename_raw("x\nerror: fine\x1b[2J"), (Q1, "x\\nerror: fine\\x1b")),
+    Bad("name with half a letter", rename_raw("x\ud800"), (Q1, "x\\ud800")),
     Bad("tensor missing", lambda f: edit_tensors(f, lambda t: t.pop(Q1)), (Q1, "is missing")),
     Bad(
         "one too many",
@@ -350,6 +369,9 @@ BAD_FIELDS = [
     Bad("hidden_size true", config(hidden_size=True), ("hidden_size", "True")),
     Bad("hidden_size another", config(hidden_size=72), ("[131, 64]", "[131, 72]", "more")),
     Bad("hidden_size negative", config(hidden_size=-64), ("-64",)),
+    Bad("sliding_window zero", config(sliding_window=0), ("sliding_window", "0")),
+    Bad("no expert chosen", config(num_experts_per_tok=0), ("num_experts_per_tok", "0")),
+    Bad("more chosen than there are", config(num_experts_per_tok=6), ("num_experts_per_tok", "6")),
     Bad("no layers", config(num_hidden_layers=0, layer_types=[]), ("num_hidden_layers",)),
     Bad("vocab_size another", config(vocab_size=130), ("[131, 64]", "[130, 64]")),
     Bad("layer_types too short", config(layer_types=["full_attention"]), ("layer_types",)),
@@ -385,6 +407,10 @@ def assert_all_refuse(invoke: Run, bad: Bad, source: Path, target: Path) -> None
         assert planned.returncode == 0, planned.stderr
     else:
         assert_refused(planned, 1, *bad.says)
+    table = invoke("inspect", source)
+    assert table.returncode == 1
+    assert "Traceback" not in table.stderr
+    assert "internal error" not in table.stderr
     inspected = invoke("inspect", source, "--json")
     assert inspected.returncode == 1, inspected.stdout
     assert "Traceback" not in inspected.stderr
@@ -529,7 +555,7 @@ BAD_MEGATRON = [
     Bad("config no JSON", lambda f: iteration(f, "huggingface/config.json").write_text("{"),
         ("config.json", "JSON")),
     Bad("config without a field", lambda f: edit_json(
-        iteration(f, "huggingface/config.json"), lambda c: c.pop("head_dim")), ("head_dim",)),
+        iteration(f, "huggingface/config.json"), lambda c: c.pop("head_dim")), ("config.json", "head_dim is missing")),
 ]  # fmt: skip
 
 
@@ -743,6 +769,26 @@ def test_target_a_file_or_a_link(
         for name in ("file", "link", "dangling", "file/below"):
             done = invoke(*command, flag, tmp_path / name, "--overwrite")
             assert_refused(done, 1, str(tmp_path / "file" if "file" in name else tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../here"])
+def test_target_that_is_where_the_user_stands(
+    name: str,
+    sides: Sides,
+    tmp_path: Path,
+    invoke: Run,
+    unchanged: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """``--megatron-path "$UNSET" --overwrite`` must not replace the working directory."""
+    (tmp_path / "home" / "here").mkdir(parents=True)
+    (tmp_path / "home" / "here" / "mine.txt").write_text("precious")
+    monkeypatch.chdir(tmp_path / "home" / "here")
+    unchanged()
+    for command, flag in sides:
+        done = invoke(*command, flag, name, "--overwrite")
+        assert done.returncode in (1, 2), done.stdout
+        assert flag in done.stderr or "choose another target" in done.stderr
 
 
 @pytest.mark.parametrize("where", [".", "below", "below/deeper", ".."])

@@ -18,7 +18,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 BLOCK = 32  # values per scale
 BYTES = 16  # packed bytes per block
 _NAN_SCALE = 255
-_CHUNK = 4096  # blocks decoded at a time; index and result stay in the cache
+_CHUNK = 8192  # blocks decoded at a time; index and result stay in the cache
 
 
 def decode(blocks: Tensor, scales: Tensor, out: Tensor | None = None) -> Tensor:
@@ -37,11 +37,12 @@ def decode(blocks: Tensor, scales: Tensor, out: Tensor | None = None) -> Tensor:
         out = torch.empty(scales.numel() * BLOCK, dtype=torch.bfloat16)
     codes, factors = blocks.reshape(-1, BYTES), scales.reshape(-1, 1)
     pairs = out.view(torch.int32).view(-1, BYTES)
-    high = torch.empty((min(_CHUNK, len(codes)), BYTES), dtype=torch.int32)
+    low = torch.empty((min(_CHUNK, len(codes)), BYTES), dtype=torch.int32)
+    high = torch.empty((len(low), 1), dtype=torch.int32)
     for start in range(0, len(codes), _CHUNK):
         stop = min(start + _CHUNK, len(codes))
-        index = high[: stop - start].copy_(factors[start:stop])
-        index.bitwise_left_shift_(8).bitwise_or_(codes[start:stop])
+        index = low[: stop - start].copy_(codes[start:stop])
+        index |= high[: stop - start].copy_(factors[start:stop]).bitwise_left_shift_(8)
         torch.index_select(_pairs(), 0, index.view(-1), out=pairs[start:stop].view(-1))
     return out.view(*scales.shape[:-1], -1)
 
