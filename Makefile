@@ -22,7 +22,7 @@ format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format .
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) --editable .
 	touch $@
 

@@ -5,8 +5,10 @@ Results go to stdout, everything else to stderr. Nothing here imports torch befo
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 import gptoss_convert
-from gptoss_convert.errors import ConvertError, PluginError
+from gptoss_convert.errors import ConvertError, PlanError, PluginError
 from gptoss_convert.registry import Registry
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -107,6 +109,8 @@ def registry_of(ctx: click.Context) -> Registry:
                 f"not load: {plugin.error}",
                 err=True,
             )
+        for name in registry.unknown:
+            click.echo(f"warning: there is no plugin {name!r} to switch on or off", err=True)
     found: Registry = root.meta["registry"]
     return found
 
@@ -133,6 +137,18 @@ class Bytes(click.ParamType[int]):
         return size
 
 
+class Folder(click.ParamType[Path]):
+    """A folder's path; an empty one is a variable that was not set."""
+
+    name = "dir"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+        """Text -> path."""
+        if not str(value).strip():
+            self.fail("is empty; name a folder", param, ctx)
+        return Path(value)
+
+
 def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
     def apply(function: F) -> F:
         for option in reversed(options):
@@ -142,6 +158,7 @@ def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
     return apply
 
 
+DTYPES = click.Choice(["bfloat16", "float16", "float32", "bf16", "fp16", "fp32"])
 hf_model_option = click.option(
     "--hf-model", "--hf-model-id", metavar="DIR|ID", help="Hugging Face folder or hub id."
 )
@@ -151,20 +168,18 @@ revision_option = click.option(
 megatron_option = click.option(
     "--megatron-path",
     "--megatron-load-path",
-    type=click.Path(path_type=Path),
+    type=Folder(),
     help="Megatron checkpoint: root or iter_* folder.",
 )
-hf_path_option = click.option(
-    "--hf-path", type=click.Path(path_type=Path), help="Hugging Face folder to write."
-)
+hf_path_option = click.option("--hf-path", type=Folder(), help="Hugging Face folder to write.")
 torch_dtype_option = click.option(
     "--torch-dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
+    type=DTYPES,
     help="Element type to write; the source's if left out.",
 )
 export_dtype_option = click.option(
     "--export-dtype",
-    type=click.Choice(["bf16", "fp16", "fp32"]),
+    type=DTYPES,
     help="Element type to write; the checkpoint's if left out.",
 )
 common_options = _options(
@@ -182,7 +197,7 @@ run_options = _options(
     click.option(
         "--max-memory", type=Bytes(), default="1GiB", show_default=True, help="Bytes in flight."
     ),
-    click.option("--overwrite", is_flag=True, help="Replace a target that is not empty."),
+    click.option("--overwrite", is_flag=True, help="Replace the checkpoint at the target."),
     click.option("--no-progress", is_flag=True, help="No progress on stderr."),
 )
 
@@ -308,7 +323,7 @@ def export(
 
 def required(value: Any, flag: str) -> Any:
     """The value of a flag that must be given; a usage error without it."""
-    if value is None:
+    if value is None or not str(value):
         raise click.UsageError(f"Missing option '{flag}'.")
     return value
 
@@ -327,6 +342,7 @@ def _run(
     from gptoss_convert.progress import reporting
     from gptoss_convert.report import print_result
 
+    _import_torch()
     with reporting(conversion.plan, show=not no_progress) as progress:
         result = conversion.run(
             target,
@@ -336,6 +352,15 @@ def _run(
             progress=progress,
         )
     echo_json(result.to_json()) if as_json else print_result(result)
+
+
+def _import_torch() -> None:
+    """Hold Ctrl-C back meanwhile: an extension that is interrupted half-loaded swallows it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        importlib.import_module("torch")
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 @main.command("plan")
@@ -425,19 +450,26 @@ def inspect(
     missing or do not fit.
     """
     from gptoss_convert.convert import open_source
-    from gptoss_convert.inspection import inspect_source
+    from gptoss_convert.inspection import inspect_source, unreadable
     from gptoss_convert.report import print_inspection
 
     choice, registry = _choice(model, codec, format_), registry_of(ctx)
-    source = open_source(
-        required(path or hf_model or megatron_path, "PATH"),
-        "hf" if hf_model else "megatron" if megatron_path else None,
-        registry=registry,
-        choice=choice,
-        revision=hf_revision,
-        headers_only=True,
-    )
-    facts = inspect_source(source, registry, choice)
+    where = required(path or hf_model or megatron_path, "PATH")
+    try:
+        source = open_source(
+            where,
+            "hf" if hf_model else "megatron" if megatron_path else None,
+            registry=registry,
+            choice=choice,
+            revision=hf_revision,
+            headers_only=True,
+        )
+    except PlanError as error:  # so damaged that there is nothing else to say
+        if not as_json:
+            raise
+        facts = unreadable(str(where), error.problems)
+    else:
+        facts = inspect_source(source, registry, choice)
     echo_json(facts) if as_json else print_inspection(facts)
     if facts["problems"]:
         ctx.exit(1)

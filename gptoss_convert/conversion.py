@@ -88,7 +88,7 @@ class Conversion:
             target: the folder to make.
             workers: groups (layers or shards) written side by side; None picks.
             max_memory: bound of the bytes in flight.
-            overwrite: whether a non-empty target may be replaced.
+            overwrite: whether a target that holds a checkpoint may be replaced.
             progress: called with the bytes of output just finished, from any thread.
 
         Raises:
@@ -97,7 +97,9 @@ class Conversion:
         """
         started = time.monotonic()
         self._check(Path(target))
-        staging = Staging(Path(target), self._key(), overwrite=overwrite)
+        staging = Staging(
+            Path(target), self._key(), lambda folder: overwrite and self._is_checkpoint(folder)
+        )
         staging.check_target()
         sink = self.sink(staging.folder)
         budget = make_budget(sink, workers or default_workers(), max_memory)
@@ -114,6 +116,10 @@ class Conversion:
         except BaseException as error:
             _stopped(error, staging, sink)
         return Result(self.plan, staging.target, time.monotonic() - started, resumed)
+
+    def _is_checkpoint(self, folder: Path) -> bool:
+        """Whether --overwrite may replace a folder; a parent of checkpoints is none."""
+        return any(format_.detect(folder) for format_ in self.registry.formats().values())
 
     def _key(self) -> str:
         """Stands for all that decides the bytes of the result."""

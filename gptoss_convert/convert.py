@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gptoss_convert.conversion import Conversion, Result
 from gptoss_convert.dtypes import from_torch_name
 from gptoss_convert.errors import CheckpointError, ConvertError
+from gptoss_convert.execute import DEFAULT_MAX_MEMORY, Progress
 from gptoss_convert.opening import Choice, config_of, looks_like_an_id, open_source, own_config
 from gptoss_convert.plan import make_plan, to_megatron
 from gptoss_convert.registry import Registry, default_registry
@@ -187,13 +188,22 @@ def import_checkpoint(
     registry: Registry | None = None,
     choice: Choice | None = None,
     revision: str | None = None,
-    **options: Any,
+    workers: int | None = None,
+    max_memory: int = DEFAULT_MAX_MEMORY,
+    overwrite: bool = False,
+    progress: Progress = lambda nbytes: None,
 ) -> Result:
     """Hugging Face -> Megatron; arguments as for prepare_import and Conversion.run."""
     conversion = prepare_import(
         hf_model, torch_dtype=torch_dtype, registry=registry, choice=choice, revision=revision
     )
-    return conversion.run(megatron_path, **options)
+    return conversion.run(
+        megatron_path,
+        workers=workers,
+        max_memory=max_memory,
+        overwrite=overwrite,
+        progress=progress,
+    )
 
 
 def export_checkpoint(
@@ -205,7 +215,10 @@ def export_checkpoint(
     registry: Registry | None = None,
     choice: Choice | None = None,
     revision: str | None = None,
-    **options: Any,
+    workers: int | None = None,
+    max_memory: int = DEFAULT_MAX_MEMORY,
+    overwrite: bool = False,
+    progress: Progress = lambda nbytes: None,
 ) -> Result:
     """Megatron -> Hugging Face; arguments as for prepare_export and Conversion.run."""
     conversion = prepare_export(
@@ -216,4 +229,10 @@ def export_checkpoint(
         choice=choice,
         revision=revision,
     )
-    return conversion.run(hf_path, **options)
+    return conversion.run(
+        hf_path,
+        workers=workers,
+        max_memory=max_memory,
+        overwrite=overwrite,
+        progress=progress,
+    )

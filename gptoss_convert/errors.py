@@ -11,10 +11,18 @@ if TYPE_CHECKING:
 MOST_SHOWN = 20
 
 
+def printable(text: str) -> str:
+    """Escape what is not printable: names from strangers must not draw on the terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class ConvertError(Exception):
     """A problem the user can do something about; its text is one clear sentence."""
 
     exit_code = 1
+
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text))
 
 
 class UsageError(ConvertError):
@@ -76,8 +84,8 @@ class PlanError(CheckpointError):
     """
 
     def __init__(self, where: str, problems: Iterable[str]) -> None:
-        self.problems = tuple(sorted(set(problems)))
-        super().__init__(self._text(where))
+        self.problems = tuple(sorted({printable(problem) for problem in problems}))
+        Exception.__init__(self, self._text(printable(where)))
 
     def _text(self, where: str) -> str:
         if len(self.problems) == 1:

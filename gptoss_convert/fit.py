@@ -122,9 +122,9 @@ class Fitter:
                     self._broken.add(base)
         if not bases:
             self.problems.append(
-                f"config.json: declares {codec.name}, but no tensor ends in "
-                f"{' or '.join(codec.suffixes)}; take the quantization out of config.json if the "
-                f"weights are not quantized"
+                f"config.json: the weights are to be {codec.name}, but no tensor ends in "
+                f"{' or '.join(codec.suffixes)}; if they are not quantized, take the quantization "
+                f"out of config.json, and --codec out of the command"
             )
 
     def _draft(self, rule: Rule, layer: int | None) -> Draft:

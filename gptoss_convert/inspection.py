@@ -10,9 +10,11 @@ from gptoss_convert.opening import config_of, own_config
 from gptoss_convert.plan import ConversionPlan, make_plan
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from gptoss_convert.opening import Choice
     from gptoss_convert.registry import Registry
-    from gptoss_convert.types import TensorSource
+    from gptoss_convert.types import ModelFamily, TensorSource
 
 INSPECT_SCHEMA = "gptoss-convert.inspect/1"
 
@@ -23,6 +25,7 @@ def inspect_source(source: TensorSource, registry: Registry, choice: Choice) -> 
     found = registry.format_of(source.path, name=choice.format)
     importing = found is not None and found.side == "hf"
     problems: list[str] = []
+    family: ModelFamily | None = None
     plan: ConversionPlan | None = None
     try:
         source.check()
@@ -30,10 +33,11 @@ def inspect_source(source: TensorSource, registry: Registry, choice: Choice) -> 
         problems += error.problems
     try:
         config = own_config(source) if importing else config_of(source, registry, choice)
+        family = registry.model_for(config, choice.model)
         plan = make_plan(
             "import" if importing else "export",
             specs,
-            registry.model_for(config, choice.model),
+            family,
             config,
             where=str(source.path),
             codec=registry.codec_for(config, choice.codec) if importing else None,
@@ -50,7 +54,7 @@ def inspect_source(source: TensorSource, registry: Registry, choice: Choice) -> 
         "schema": INSPECT_SCHEMA,
         "path": str(source.path),
         "format": found.name if found else None,
-        "model": plan.family if plan else None,
+        "model": family.name if family else None,
         "parameters": plan.parameters if plan else None,
         "tensors": len(specs),
         "bytes": sum(dtypes.values()),
@@ -58,4 +62,19 @@ def inspect_source(source: TensorSource, registry: Registry, choice: Choice) -> 
         "megatron_config": dict(plan.megatron_config) if plan else None,
         "layout": dict(source.describe()),
         "problems": problems,
+    }
+
+
+def unreadable(path: str, problems: Sequence[str]) -> dict[str, Any]:
+    """The facts of a checkpoint whose headers do not hang together: only what is wrong."""
+    unknown = ("format", "model", "parameters", "megatron_config")
+    return {
+        "schema": INSPECT_SCHEMA,
+        "path": path,
+        **dict.fromkeys(unknown),
+        "tensors": 0,
+        "bytes": 0,
+        "bytes_by_dtype": {},
+        "layout": {},
+        "problems": list(problems),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ from gptoss_convert.staging import require_checkpoint, unfinished
 
 if TYPE_CHECKING:
     from gptoss_convert.types import Config, Side, TensorSource
+
+log = logging.getLogger("gptoss_convert")
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,10 @@ def config_of(source: TensorSource, registry: Registry, choice: Choice) -> Confi
             f"{source.path}: carries no config of its model; name one with --hf-model"
             + ("" if fields is None else f" or --model ({' or '.join(sorted(families))})")
         )
+    log.warning(
+        "config.json is made from Megatron's fields, and lacks what Megatron does not know, such as "
+        "special tokens; name the model with --hf-model to carry that too"
+    )
     try:
         return families[name].hf_config(fields)
     except (KeyError, TypeError) as error:

@@ -52,6 +52,10 @@ class Registry:
         points: entry points to load; those of the group ``gptoss_convert`` by default.
         disabled: names of plugins to leave out (``--no-plugin``).
 
+    Attributes:
+        plugins: all that were to be loaded, with what went wrong.
+        unknown: names to switch on or off that no plugin has.
+
     The environment variable ``GPTOSS_CONVERT_PLUGINS`` limits loading to the names it lists;
     empty, it switches all plugins off.
 
@@ -63,14 +67,13 @@ class Registry:
         self._manager = pluggy.PluginManager(hookspecs.NAMESPACE)
         self._manager.add_hookspecs(hookspecs)
         self.plugins: list[PluginInfo] = []
-        found = entry_points(group=hookspecs.NAMESPACE) if points is None else points
+        found = list(entry_points(group=hookspecs.NAMESPACE) if points is None else points)
         allowed = os.environ.get(SWITCH)
+        wanted = None if allowed is None else allowed.replace(",", " ").split()
+        self.unknown = sorted({*disabled, *(wanted or ())} - {p.name for p in found})
         for point in sorted(set(found), key=lambda p: (p.name, p.value)):
-            if point.name in disabled:
-                continue
-            if allowed is not None and point.name not in allowed.replace(",", " ").split():
-                continue
-            self._load(point)
+            if point.name not in disabled and (wanted is None or point.name in wanted):
+                self._load(point)
 
     def _load(self, point: EntryPoint) -> None:
         """Load one entry point on its own, so that a broken plugin takes nobody down."""
@@ -211,6 +214,11 @@ class Registry:
                 f"model's own config.json"
             )
         declared = quantization.get("quant_method")
+        if quantization and not declared:
+            raise ConfigError(
+                "config.json: quantization_config does not say its quant_method; restore the "
+                "model's own config.json"
+            )
         if name is None and not declared:
             return None
         what = f"the quantization {declared!r}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gptoss_convert.conversion import RESIDENT, Conversion, Result
-from gptoss_convert.errors import MOST_SHOWN
+from gptoss_convert.errors import MOST_SHOWN, printable
 from gptoss_convert.execute import default_workers, make_budget
 from gptoss_convert.registry import KINDS, Registry
 from gptoss_convert.staging import free_bytes, human
@@ -45,7 +45,8 @@ def print_plan(facts: Mapping[str, Any]) -> None:
     _print_facts(
         {
             "conversion": f"{facts['direction']} of {facts['model']} to {facts['target_format']}",
-            "source": facts["source"],
+            "source": facts["source"] + "".join(f", decoded from {c}" for c in facts["codecs"]),
+            "target": facts["target"] or "not named",
             "parameters": f"{facts['parameters']:,}",
             "read": human(facts["bytes_in"]),
             "written": f"{human(facts['bytes_out'])} as {facts['dtype']}",
@@ -61,7 +62,7 @@ def print_plan(facts: Mapping[str, Any]) -> None:
         if step["layer"] not in (None, min(layers, default=None)):
             continue
         table.add_row(
-            "\n".join(t["name"] for t in step["inputs"]),
+            "\n".join(printable(t["name"]) for t in step["inputs"]),
             "\n".join(str(t["shape"]) for t in step["inputs"]),
             step["op"],
             "\n".join(t["name"] for t in step["outputs"]),
@@ -103,7 +104,7 @@ def print_inspection(facts: Mapping[str, Any]) -> None:
     if not problems:
         click.echo("complete: every tensor is there and fits")
         return
-    click.echo(f"{len(problems)} problems:")
+    click.echo(f"{len(problems)} problem{'s' * (len(problems) > 1)}:")
     for problem in problems[:MOST_SHOWN]:
         click.echo(f"  {problem}")
     if len(problems) > MOST_SHOWN:

@@ -13,9 +13,13 @@ import glob
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gptoss_convert.blockio import sync_folder
 from gptoss_convert.errors import ConvertError, IncompleteError, ResourceError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def unfinished(target: Path) -> list[Path]:
@@ -54,15 +58,17 @@ class Staging:
     Args:
         target: the folder to appear.
         key: stands for all that decides the result.
-        overwrite: whether a non-empty target may be replaced.
+        replaceable: whether a non-empty target may be replaced.
 
     """
 
-    def __init__(self, target: Path, key: str, *, overwrite: bool = False) -> None:
-        self.target = target.absolute()
+    def __init__(
+        self, target: Path, key: str, replaceable: Callable[[Path], bool] = lambda _: False
+    ) -> None:
+        self.target = Path(os.path.abspath(target))
         self.folder = self.target.parent / f".{self.target.name}.incomplete-{key[:16]}"
         self._old = self.target.parent / f".{self.target.name}.replaced"
-        self._overwrite = overwrite
+        self._replaceable = replaceable
         self._lock: int | None = None
         self._made: list[Path] = []
 
@@ -72,6 +78,9 @@ class Staging:
         target = self.target
         if not target.name:
             raise UsageError(f"{target}: is no folder name to write to")
+        here = Path.cwd()
+        if target == here or target in here.parents:
+            raise ConvertError(f"{target}: is where you are; choose another target")
         if target.is_symlink() or (target.exists() and not target.is_dir()):
             raise ConvertError(f"{target}: is not a folder; choose another target")
         if target.is_dir() and os.path.ismount(target):
@@ -100,23 +109,24 @@ class Staging:
             ConvertError: if another run is writing to the same target.
 
         """
+        self._made = [p for p in self.folder.parents if not p.exists()]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.folder, self.target)
         for other in unfinished(self.target):
             if other != self.folder:
                 lock = _lock(other, self.target)
                 shutil.rmtree(other)
                 os.close(lock)
-        self._made = [p for p in self.folder.parents if not p.exists()]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.folder, self.target)
         for part in self.folder.rglob("*.part"):
             part.unlink()
         return any(p.is_file() for p in self.folder.rglob("*"))
 
     def _refuse_to_replace(self) -> None:
-        if self.target.is_dir() and any(self.target.iterdir()) and not self._overwrite:
+        target = self.target
+        if target.is_dir() and any(target.iterdir()) and not self._replaceable(target):
             raise ConvertError(
-                f"{self.target}: is not empty; choose another target, or say --overwrite to "
-                f"replace it"
+                f"{target}: is not empty; choose another target, or say --overwrite if it holds a "
+                f"checkpoint to replace"
             )
 
     def _recover(self) -> None:

@@ -160,7 +160,9 @@ def test_demo(tmp_path: Path) -> None:
     assert "71 of 71 tensors are equal" in done.stdout
     again = run("demo", "--output", tmp_path / "d", "--seed", "5")
     assert again.exit_code == 0, again.stderr
-    (tmp_path / "d/mine.txt").write_text("keep me")
-    refused = run("demo", "--output", tmp_path / "d")
+    (tmp_path / "models/openai").mkdir(parents=True)
+    (tmp_path / "models/openai/mine.txt").write_text("keep me")
+    refused = run("demo", "--output", tmp_path / "models")
     assert refused.exit_code == 1
-    assert "holds other files" in refused.stderr
+    assert "is not empty, and no demo's" in refused.stderr
+    assert (tmp_path / "models/openai/mine.txt").read_text() == "keep me"

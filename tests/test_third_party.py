@@ -444,7 +444,9 @@ def test_a_checkpoint_without_a_config_takes_megatrons(
     bare = shutil.copytree(megatron, tmp_path / "bare")
     (bare / "iter_0000000" / "huggingface" / "config.json").unlink()
     words = ["--megatron-path", str(bare), "--hf-path", str(tmp_path / "back"), "--model", "llama"]
-    installed.convert("export", *words)
+    done = installed.run("export", *words)
+    assert done.returncode == 0, done.stderr
+    assert "is made from Megatron's fields" in done.stderr
     assert_same_bits(read(tmp_path / "back"), read(hf))
     made = json.loads((tmp_path / "back" / "config.json").read_text())
     assert CONFIG.items() <= made.items()

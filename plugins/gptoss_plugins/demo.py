@@ -75,7 +75,13 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
     show_default=True,
     help="Folder for the three checkpoints.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of the random weights.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 10**9),
+    default=0,
+    show_default=True,
+    help="Of the random weights.",
+)
 @click.option("--debug", is_flag=True, help="Show where an error comes from.")
 @click.pass_context
 def demo(ctx: click.Context, output: Path, seed: int, debug: bool) -> None:
@@ -84,10 +90,11 @@ def demo(ctx: click.Context, output: Path, seed: int, debug: bool) -> None:
     from gptoss_convert.convert import export_checkpoint, import_checkpoint
 
     openai, megatron, exported = (output / n for n in ("openai", "megatron", "huggingface"))
-    if output.is_dir() and not {p.name for p in output.iterdir()} <= {
-        p.name for p in (openai, megatron, exported)
-    }:
-        raise ConvertError(f"{output}: holds other files than a demo's; choose another --output")
+    marker = output / ".gptoss-demo"
+    if output.is_dir() and any(output.iterdir()) and not marker.exists():
+        raise ConvertError(f"{output}: is not empty, and no demo's; choose another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    marker.touch()
     registry = registry_of(ctx)
     tensors = make_checkpoint(openai, seed)
     click.echo(f"1. made      {openai}: {len(tensors)} tensors, experts in MXFP4, seed {seed}")

@@ -193,6 +193,12 @@ def hf_config(megatron: Config) -> dict[str, Any]:
 
 def _require_gpt_oss(config: Config) -> None:
     """Refuse what looks like GPT-OSS but computes something else."""
+    for name, kind in FIELDS.items():
+        least = 1 if kind is int else 0.0 if kind is NUMBER else None
+        if least is not None and not (math.isfinite(config[name]) and config[name] >= least):
+            raise ConfigError(
+                f"config.json: {name} is {config[name]}; restore the model's own config.json"
+            )
     layers, kinds = config["num_hidden_layers"], config["layer_types"]
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     wrong = {
@@ -200,8 +206,8 @@ def _require_gpt_oss(config: Config) -> None:
         "attention_bias": config["attention_bias"] is not True,
         "layer_types": len(kinds) != layers
         or any(kind not in ("sliding_attention", "full_attention") for kind in kinds),
-        "num_key_value_heads": groups < 1 or heads % max(groups, 1) != 0,
-        "num_hidden_layers": layers < 1,
+        "num_key_value_heads": heads % groups != 0,
+        "num_experts_per_tok": config["num_experts_per_tok"] > config["num_local_experts"],
     }
     for name, bad in wrong.items():
         if bad:
@@ -214,7 +220,7 @@ def _require_gpt_oss(config: Config) -> None:
 def _number(config: Config, name: str, default: float) -> float:
     """A field that older configs lack; there, what GPT-OSS has always had."""
     value = config.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, NUMBER):
+    if isinstance(value, bool) or not isinstance(value, NUMBER) or not math.isfinite(value):
         raise ConfigError(
             f"config.json: {name} is {value!r} and no number; restore the model's own config.json"
         )
@@ -309,13 +315,19 @@ def _require_known_rope(rope: dict[str, Any]) -> dict[str, Any]:
         needed += ["factor", "original_max_position_embeddings"]
     elif kind != "default":
         raise ConfigError(f"config.json: rope type {kind!r} is not one GPT-OSS has; use yarn")
-    if absent := [name for name in needed if not isinstance(rope.get(name), NUMBER)]:
+    if absent := [name for name in needed if not _is_positive(rope.get(name))]:
         raise ConfigError(
-            f"config.json: RoPE's {', '.join(absent)} missing, in rope_parameters as well as in "
-            f"rope_theta and rope_scaling; restore the model's own config.json"
+            f"config.json: RoPE's {', '.join(absent)} missing or no positive number, in "
+            f"rope_parameters as well as in rope_theta and rope_scaling; restore the model's own "
+            f"config.json"
         )
     _require_default_attention_factor(rope)
     return rope
+
+
+def _is_positive(value: Any) -> bool:
+    is_number = isinstance(value, NUMBER) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf
 
 
 def _require_default_attention_factor(rope: dict[str, Any]) -> None:

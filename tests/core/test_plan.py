@@ -133,7 +133,7 @@ def test_quantized_parts_fold_only_if_declared() -> None:
 
 
 def test_a_declared_codec_must_be_there() -> None:
-    assert "declares half, but no tensor ends in _a or _b" in problems(specs(), codec=CODEC)[0]
+    assert "to be half, but no tensor ends in _a or _b" in problems(specs(), codec=CODEC)[0]
 
 
 def test_half_of_a_quantized_tensor_is_reported_once() -> None:

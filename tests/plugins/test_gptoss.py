@@ -121,6 +121,7 @@ def test_config_there_and_back(layers, groups, each, experts, tied, data) -> Non
         "num_key_value_heads": groups,
         "num_attention_heads": groups * each,
         "num_local_experts": experts,
+        "num_experts_per_tok": (experts + 1) // 2,
         "tie_word_embeddings": tied,
     }
     back = hf_config(megatron_config(config))
@@ -146,7 +147,10 @@ def test_tied_embeddings_have_no_head() -> None:
         ({"layer_types": ["full_attention"]}, "layer_types"),
         ({"num_key_value_heads": 4}, "num_key_value_heads 4"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "'llama3'"),
-        ({"rope_scaling": {**SMALL["rope_scaling"], "factor": None}}, "factor missing"),
+        (
+            {"rope_scaling": {**SMALL["rope_scaling"], "factor": None}},
+            "factor missing or no positive",
+        ),
         ({"rope_scaling": {**SMALL["rope_scaling"], "attention_factor": 3.0}}, "attention_factor"),
     ],
 )

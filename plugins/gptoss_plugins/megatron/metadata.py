@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptoss_convert.dtypes import torch_dtype
+from gptoss_convert.dtypes import known, torch_dtype
 from gptoss_convert.errors import CheckpointError
 from gptoss_convert.types import TensorSpec
 from gptoss_plugins.megatron import safe_pickle
@@ -136,7 +136,7 @@ def _chunk(key: str, raw: Any, places: Mapping[tuple[str, Any], Stored]) -> Stor
 def _dtype(properties: Any) -> str:
     """The element type: the first of TensorProperties' state."""
     found = properties.state[0] if isinstance(properties.state, tuple) else properties.dtype
-    if not isinstance(found, str):
+    if not isinstance(found, str) or not known(found):
         raise ValueError("a tensor without an element type")
     return found
 
