@@ -61,9 +61,9 @@ class BlockReader:
         view = _buffer(block)
         got = self._from_cache(view, start)
         while got < wanted:
-            got = got // PAGE * PAGE
+            reached, got = got, got // PAGE * PAGE
             count = self._past_cache(view[got:], start + got)
-            if count == 0:
+            if got + count <= reached:
                 raise CheckpointError(
                     f"{self.path}: ends before byte {offset + nbytes}; the file is cut short, "
                     f"fetch it again"
@@ -133,7 +133,7 @@ class BlockWriter:
         self._full: queue.SimpleQueue[tuple[int, int, int] | None] = queue.SimpleQueue()
         self._slot = self._free.get()
         self._fill = 0
-        self._error: OSError | None = None
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._drain, name=f"write {path.name}", daemon=True)
         self._thread.start()
 
@@ -164,7 +164,9 @@ class BlockWriter:
         """Take a tensor's elements in row-major order, whatever its strides."""
         import torch
 
-        if tensor.is_contiguous():
+        if tensor.numel() == 1:  # contiguous by definition, with any strides
+            self._append_flat(tensor.reshape(()).clone().view(1).view(torch.uint8))
+        elif tensor.is_contiguous():
             self._append_flat(tensor.reshape(-1).view(torch.uint8))
         elif tensor.dim() == 1:
             self.append(tensor.contiguous())
@@ -217,7 +219,7 @@ class BlockWriter:
             try:
                 if self._error is None:
                     self._write(self._views[slot][: round_up(count)], offset)
-            except OSError as error:
+            except BaseException as error:
                 self._error = error
             self._free.put(slot)
 

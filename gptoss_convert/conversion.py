@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import gptoss_convert
+from gptoss_convert.dtypes import itemsize
 from gptoss_convert.errors import (
+    CheckpointError,
     ConvertError,
     IncompleteError,
     MismatchError,
@@ -97,8 +99,9 @@ class Conversion:
         """
         started = time.monotonic()
         self._check(Path(target))
+        key = self._key()
         staging = Staging(
-            Path(target), self._key(), lambda folder: overwrite and self._is_checkpoint(folder)
+            Path(target), key, lambda folder: overwrite and self._is_checkpoint(folder)
         )
         staging.check_target()
         sink = self.sink(staging.folder)
@@ -110,6 +113,11 @@ class Conversion:
                 log.info("going on with the unfinished %s", staging.folder)
             validators = self.registry.validators().values()
             Executor(self.plan, self.source, sink, validators, progress).run(budget)
+            if self._key() != key:
+                raise CheckpointError(
+                    f"{self.source.path}: changed while it was being converted; leave it alone and "
+                    f"run again"
+                )
             sink.finish()
             self._validate("checkpoint", staging.folder)
             staging.publish()
@@ -128,6 +136,7 @@ class Conversion:
             self.source.fingerprint(),
             self.target_format.name,
             gptoss_convert.__version__,
+            *sorted(f"{p.distribution} {p.version}" for p in self.registry.plugins),
         )
         return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
@@ -141,8 +150,11 @@ class Conversion:
                 )
         self.source.check()
         self._validate("plan", None)
-        for wide, narrow in self.plan.casts:
-            log.warning("rounding %s to %s (to nearest, ties to even)", wide, narrow)
+        for before, after in self.plan.casts:
+            if itemsize(after) > itemsize(before):
+                log.info("widening %s to %s, which is exact", before, after)
+            else:
+                log.warning("rounding %s to %s (to nearest, ties to even)", before, after)
 
     def _validate(self, stage: str, folder: Path | None) -> None:
         for validator in self.registry.validators().values():

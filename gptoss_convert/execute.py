@@ -75,7 +75,8 @@ def _cost(step: Step, units: int) -> int:
     """
     decoded = sum(i.spec.nbytes for i in step.inputs if i.codec)
     slack = 4 * PAGE * sum(len(i.parts) for i in step.inputs)
-    return (2 * step_bytes_in(step) + decoded + step.nbytes) * units // step.units + slack
+    reused = 2 * (2 * step_bytes_in(step) + decoded)  # scratch memory at most doubles when it grows
+    return (reused + step.nbytes) * units // step.units + slack
 
 
 def _units_per_piece(step: Step, share: int) -> int:
@@ -263,7 +264,7 @@ class Executor:
         for validator in self._validators:
             for finding in validator.check(self._plan, name, rows, tensor):
                 if finding.severity == "error":
-                    raise ConvertError(f"{finding.where}: {finding.what}; {finding.remedy}")
+                    raise MismatchError(f"{finding.where}: {finding.what}; {finding.remedy}")
 
 
 def _require_equal(inputs: Sequence[Input], tensors: Sequence[Tensor]) -> None:

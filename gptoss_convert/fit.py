@@ -200,17 +200,19 @@ def _missing_remedy(near: Sequence[str]) -> str:
 
 
 def house_dtype(drafts: Iterable[Draft], problems: list[str], *, strict: bool) -> str:
-    """The element type of most tensors; others are noted as problems.
+    """The element type to write if the user does not say: that of the checkpoint.
 
     Args:
         drafts: whose inputs count.
         problems: misfits are appended here.
-        strict: demand one type throughout; otherwise any floating point type will do.
-
+        strict: demand one type throughout, that of most tensors. Otherwise tensors may differ, as
+            they do after training, and the narrowest type that holds all of them is taken.
     """
     plain = [i for draft in drafts for i in draft.inputs if i.codec is None]
     counts = Counter(i.spec.dtype for i in plain if i.spec.dtype in FLOATS)
     house = counts.most_common(1)[0][0] if counts else "BF16"
+    if not strict and len(counts) > 1:
+        house = "F64" if "F64" in counts else "F32"
     for found in plain:
         if found.spec.dtype != house if strict else found.spec.dtype not in FLOATS:
             problems.append(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gptoss_convert.errors import ConfigError, PlanError, blame
 from gptoss_convert.fit import Direction, Draft, Fitter, Input, house_dtype
-from gptoss_convert.ops import units
+from gptoss_convert.ops import Op, units
 from gptoss_convert.types import Codec, Config, ModelFamily, Rule, TensorSpec
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def step_bytes_in(step: Step) -> int:
 def _step_json(step: Step) -> dict[str, Any]:
     return {
         "layer": step.layer,
-        "op": repr(step.rule.op),
+        "op": _op_name(step.rule.op),
         "shard": step.rule.shard.value,
         "inputs": [
             {**_tensor_json(i), "codec": i.codec.name, "parts": [n for n, _ in i.parts]}
@@ -167,6 +168,12 @@ def _step_json(step: Step) -> dict[str, Any]:
             _tensor_json(o) | ({"also": list(o.also)} if o.also else {}) for o in step.outputs
         ],
     }
+
+
+def _op_name(op: Op) -> str:
+    """The op with its fields; Python's default repr has an address in it, new in every process."""
+    plain = type(op).__repr__ is object.__repr__
+    return f"{type(op).__module__}.{type(op).__qualname__}" if plain else repr(op)
 
 
 def _tensor_json(tensor: Input | Output) -> dict[str, Any]:
@@ -211,6 +218,12 @@ def make_plan(
     drafts = list(fitter.fit(rules, layers, direction))
     fitter.finish(direction)
     house = house_dtype(drafts, fitter.problems, strict=direction == "import")
+    names = Counter(name for draft in drafts for name in draft.megatron)
+    fitter.problems += [
+        f"{name}: {count} rules make it; mend the table of {family.name}"
+        for name, count in names.items()
+        if count > 1
+    ]
     if fitter.problems:
         raise PlanError(where, fitter.problems)
     return ConversionPlan(

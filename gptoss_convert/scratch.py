@@ -37,6 +37,7 @@ class Scratch:
     def __init__(self) -> None:
         self._blocks: list[Tensor] = []
         self._used = 0
+        self._demand = 0  # bytes taken since the last reset
 
     def take(self, nbytes: int) -> Tensor:
         """A uint8 tensor of ``nbytes`` bytes that starts on a page; its content is undefined."""
@@ -45,6 +46,7 @@ class Scratch:
             self._used = 0
         start = self._used
         self._used = round_up(start + nbytes)
+        self._demand += self._used - start
         return self._blocks[-1][start : start + nbytes]
 
     def copy(self, tensor: Tensor) -> Tensor:
@@ -63,7 +65,6 @@ class Scratch:
     def reset(self) -> None:
         """Make all memory available again, in one block from the second time on."""
         if len(self._blocks) > 1:
-            total = sum(block.numel() for block in self._blocks)
             self._blocks = []
-            self._blocks = [page_aligned(total)]
-        self._used = 0
+            self._blocks = [page_aligned(self._demand)]
+        self._used = self._demand = 0

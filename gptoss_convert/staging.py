@@ -158,7 +158,7 @@ class Staging:
         self.folder.rename(self.target)
         sync_folder(self.target.parent)
         if lock is not None:
-            shutil.rmtree(self._old)
+            shutil.rmtree(self._old, ignore_errors=True)  # the next run cleans up what stays
             os.close(lock)
         self.release()
 

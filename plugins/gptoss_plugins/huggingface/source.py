@@ -37,6 +37,11 @@ COMPANIONS = (
 )
 
 
+def identity(stat: os.stat_result) -> tuple[int, ...]:
+    """Changes with the file, even if its size and time of change were kept up."""
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+
+
 class HuggingFaceSource:
     """A folder of safetensors files. Only headers are read until a tensor is asked for."""
 
@@ -92,7 +97,7 @@ class HuggingFaceSource:
         digest = hashlib.sha256()
         for shard in self._shards:
             stat = os.stat(self.path / shard.file)
-            digest.update(f"{shard.file}:{stat.st_size}:{stat.st_mtime_ns}:".encode())
+            digest.update(f"{shard.file}:{identity(stat)}:".encode())
             digest.update(shard.header)
         for name, path in self.files.items():
             digest.update(name.encode() + path.read_bytes())

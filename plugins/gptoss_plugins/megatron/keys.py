@@ -113,7 +113,7 @@ def _cuts(inner: tuple[int, ...], dtype: str, shard: Shard) -> list[tuple[int, i
         return [(0, 1)]
     size = inner[0] // 2 if shard is Shard.GATED else inner[0]
     row = math.prod(inner[1:]) * itemsize(dtype)
-    size = min(size, max(1, _LARGEST_CHUNK // max(row, 1)))
+    size = max(1, min(size, _LARGEST_CHUNK // max(row, 1)))
     return [(start, min(size, inner[0] - start)) for start in range(0, inner[0], size)]
 
 

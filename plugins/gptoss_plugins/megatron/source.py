@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 import os
 import threading
 from typing import TYPE_CHECKING, Any
@@ -13,13 +15,14 @@ from gptoss_convert.errors import CheckpointError, PlanError
 from gptoss_convert.scratch import Scratch
 from gptoss_convert.types import Config, TensorSpec
 from gptoss_plugins.huggingface.headers import read_json
+from gptoss_plugins.huggingface.source import identity
 from gptoss_plugins.megatron import metadata, sidecars
 from gptoss_plugins.megatron.folder import MARK, METADATA, TRACKER, companions, iteration_folder
 from gptoss_plugins.megatron.keys import is_stacked, is_weight, parameter
 from gptoss_plugins.megatron.torchzip import Item, read_item, strides
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -50,6 +53,7 @@ class TorchDistSource:
         self._specs, self._places = _parameters(self.contents)
         self._readers: dict[str, BlockReader] = {}
         self._opening = threading.Lock()
+        self._indexes: dict[str, _Index] = {}
 
     @property
     def files(self) -> Mapping[str, Path]:
@@ -112,7 +116,7 @@ class TorchDistSource:
         digest = hashlib.sha256((self.iteration / METADATA).read_bytes())
         for file in sorted(metadata.files(self.contents)):
             stat = os.stat(self.iteration / file)
-            digest.update(f"{file}:{stat.st_size}:{stat.st_mtime_ns}:".encode())
+            digest.update(f"{file}:{identity(stat)}:".encode())
         for name, path in self.files.items():
             digest.update(name.encode() + path.read_bytes())
         return digest.hexdigest()
@@ -134,14 +138,16 @@ class TorchDistSource:
     def _read_box(self, key: str, box: Box, scratch: Scratch) -> Tensor:
         tensor = self.contents.tensors[key]
         dtype = torch_dtype(tensor.spec.dtype)
-        parts = list(_overlaps(tensor.chunks, box))
-        if sum(_numel(common[1]) for _, common in parts) != _numel(box[1]):
+        parts = list(_overlaps(self._index(key).candidates(box), box))
+        if sum(math.prod(common[1]) for _, common in parts) != math.prod(box[1]):
             raise CheckpointError(
                 f"{self.iteration}: the chunks of {key} do not cover it exactly; write it again"
             )
         if len(parts) == 1:
             return self._read_common(key, *parts[0], scratch)
-        whole = scratch.take(_numel(box[1]) * itemsize(tensor.spec.dtype)).view(dtype).view(box[1])
+        whole = (
+            scratch.take(math.prod(box[1]) * itemsize(tensor.spec.dtype)).view(dtype).view(box[1])
+        )
         mark = scratch.mark()
         for chunk, common in parts:
             target = whole
@@ -150,6 +156,11 @@ class TorchDistSource:
             target.copy_(self._read_common(key, chunk, common, scratch))
             scratch.release(mark)
         return whole
+
+    def _index(self, key: str) -> _Index:
+        if key not in self._indexes:
+            self._indexes[key] = _Index(self.contents.tensors[key].chunks)
+        return self._indexes[key]
 
     def _read_common(
         self, key: str, chunk: metadata.StoredChunk, common: Box, scratch: Scratch
@@ -183,13 +194,35 @@ def _view(
     if data.storage_offset() % width:
         data = scratch.copy(data)
     flat = data.view(torch_dtype(item.dtype))
-    if item.strides == strides(item.shape) and _numel(sizes) == flat.numel():
+    if item.strides == strides(item.shape) and math.prod(sizes) == flat.numel():
         return flat.view(tuple(sizes))
     return flat.as_strided(tuple(sizes), item.strides, flat.storage_offset())
 
 
+class _Index:
+    """Chunks by their place along the leading axes that are cut one by one (layer, expert).
+
+    A checkpoint has tens of thousands of chunks, and every read needs a few.
+    """
+
+    def __init__(self, chunks: Sequence[metadata.StoredChunk]) -> None:
+        lead = 0
+        while lead < 2 and all(len(c.sizes) > lead and c.sizes[lead] == 1 for c in chunks):
+            lead += 1
+        self._lead = lead
+        self._buckets: dict[tuple[int, ...], list[metadata.StoredChunk]] = {}
+        for chunk in chunks:
+            self._buckets.setdefault(chunk.offsets[:lead], []).append(chunk)
+
+    def candidates(self, box: Box) -> Iterator[metadata.StoredChunk]:
+        """Chunks that may share elements with a box."""
+        ranges = (range(o, o + n) for o, n in list(zip(*box, strict=True))[: self._lead])
+        for place in itertools.product(*ranges):
+            yield from self._buckets.get(place, ())
+
+
 def _overlaps(
-    chunks: Sequence[metadata.StoredChunk], box: Box
+    chunks: Iterable[metadata.StoredChunk], box: Box
 ) -> Iterator[tuple[metadata.StoredChunk, Box]]:
     """Chunks that share elements with a box, and what they share."""
     for chunk in chunks:
@@ -201,24 +234,22 @@ def _overlaps(
             yield chunk, (tuple(low), tuple(h - lo for h, lo in zip(high, low, strict=True)))
 
 
-def _numel(sizes: Sequence[int]) -> int:
-    count = 1
-    for size in sizes:
-        count *= size
-    return count
-
-
 def _parameters(
     contents: metadata.Contents,
 ) -> tuple[dict[str, TensorSpec], dict[str, tuple[str, int | None]]]:
     """Specs by parameter name, and the (key, row of its layer axis) where each stands."""
-    specs, places = {}, {}
+    specs: dict[str, TensorSpec] = {}
+    places: dict[str, tuple[str, int | None]] = {}
     for key, tensor in contents.tensors.items():
         if not is_weight(key):
             continue
         shape, dtype = tensor.spec.shape, tensor.spec.dtype
         for layer in range(shape[0]) if is_stacked(key) else (None,):
             name = parameter(key, layer)
+            if name in specs:
+                raise CheckpointError(
+                    f"{name}: is stored under {places[name][0]} and under {key}; remove the stale one"
+                )
             specs[name] = TensorSpec(shape[1:] if layer is not None else shape, dtype)
             places[name] = (key, layer)
     return specs, places

@@ -230,8 +230,11 @@ def _records(file: BlockReader, offset: int, length: int) -> list[_Entry]:
     """The records of an item, from the directory at its end, checked against their headers."""
     tail = file.peek(offset + max(0, length - (1 << 16)), min(length, 1 << 16))
     end = tail.rindex(b"PK\5\6")
-    _, _, _, _, count, size, start, _ = _END.unpack_from(tail, end)
-    at = len(tail) - length + start if start < 0xFFFFFFFF else end - size
+    _, _, _, _, count, _, start, _ = _END.unpack_from(tail, end)
+    if start == 0xFFFFFFFF:  # the 64-bit end record stands before the locator and this one
+        wide = tail.rindex(b"PK\6\6", 0, end)
+        count, _size, start = struct.unpack_from("<QQQ", tail, wide + 32)
+    at = len(tail) - length + start
     listed = []
     directory = offset + length - len(tail) + at
     for _ in range(count):
