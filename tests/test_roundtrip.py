@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -241,3 +242,20 @@ def test_two_names_of_one_tensor_must_agree(tmp_path: Path) -> None:
     assert TorchDistSource(folder).specs()
     with pytest.raises(MismatchError, match="two names of one tensor"):
         export_checkpoint(tmp_path / "mid", tmp_path / "stale")
+
+
+def test_a_source_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
+    """Half old, half new would load; size and time of change may even have been kept up."""
+    folder = write_hf_folder(tmp_path / "in", *bf16(config_of(num_hidden_layers=3)), shards=1)
+    shard = folder / "model.safetensors"
+    stat = shard.stat()
+
+    def meddle(_: int) -> None:
+        with open(shard, "r+b") as file:
+            file.seek(-64, os.SEEK_END)
+            file.write(bytes(64))
+        os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    with pytest.raises(CheckpointError, match="changed while it was being converted"):
+        import_checkpoint(folder, tmp_path / "out", workers=1, progress=meddle)
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]

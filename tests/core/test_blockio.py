@@ -20,7 +20,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def raw(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.numpy().tobytes()  # row-major, whatever the strides
 
 
 STRIDED = [
@@ -32,6 +32,8 @@ STRIDED = [
     noise(2300, 2900).T,  # longer than a slot, rows across slots
     noise(3, SLOT // 2 + 5)[:, 1:],  # one row is longer than a slot
     noise(1, 1)[0, 0],
+    noise(3, 4)[1:2, 2:3],  # one element, strides of a larger tensor
+    noise(7)[3::9],
 ]
 
 
@@ -130,3 +132,26 @@ def test_scratch_mark_and_release() -> None:
     scratch.release(mark)
     assert scratch.take(PAGE).fill_(9).data_ptr() == inner
     assert kept.unique().tolist() == [7]
+
+
+def test_a_writer_that_dies_is_never_taken_for_one_that_wrote(tmp_path, monkeypatch) -> None:
+    """Whatever the thread fails with: no file of zeros, no wait for ever."""
+
+    def die(*_: object) -> int:
+        raise ValueError("something nobody thought of")
+
+    writer = BlockWriter(tmp_path / "file", 1)
+    monkeypatch.setattr(os, "pwrite", die)
+    with pytest.raises(ValueError, match="nobody thought of"):  # noqa: PT012
+        for _ in range(9):
+            writer.append(noise(SLOT // 2))
+        writer.close()
+    writer.abort()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("size", [0, 5000, PAGE])
+def test_a_file_that_ends_early_is_no_endless_loop(tmp_path, size: int) -> None:
+    (tmp_path / "file").write_bytes(bytes(size))
+    with pytest.raises(CheckpointError, match="ends before byte 6000"):
+        BlockReader(tmp_path / "file").read(0, 6000, Scratch())

@@ -146,6 +146,7 @@ def test_half_of_a_quantized_tensor_is_reported_once() -> None:
 def test_mixed_floats_are_refused_on_import_and_cast_on_export() -> None:
     found = {n: TensorSpec(s, "BF16") for n, s in [("embedding", (7, 3)), ("output", (7, 3))]}
     found |= {f"decoder.layers.{n}.norm": TensorSpec((3,), "F32") for n in (0, 1)}
+    assert plan(found, "export").dtype == "F32", "loses nothing"
     made = plan(found, "export", dtype="BF16")
     assert made.casts == (("F32", "BF16"),)
     found["decoder.layers.1.norm"] = TensorSpec((3,), "I64")
@@ -155,3 +156,22 @@ def test_mixed_floats_are_refused_on_import_and_cast_on_export() -> None:
 def test_digest_follows_what_decides_the_bytes() -> None:
     assert plan(specs()).digest() == plan(specs()).digest()
     assert plan(specs()).digest() != plan(specs(), dtype="F32").digest()
+
+
+def test_digest_is_the_same_in_every_process_for_an_op_without_a_repr() -> None:
+    class Mine(Copy):
+        __repr__ = object.__repr__
+
+    table = [Rule({"head": (7, 3)}, "output", Mine())]
+    family = ModelFamily("t", frozenset(), lambda c: table, lambda c: {"num_layers": 0}, dict)
+    found = {"head": TensorSpec((7, 3), "BF16")}
+    made = make_plan("import", found, family, CONFIG, where="here")
+    assert "0x" not in json.dumps(made.to_json())
+
+
+def test_two_rules_that_make_one_parameter_are_refused() -> None:
+    table = [Rule({"a": (1,)}, "same"), Rule({"b": (1,)}, "other", also=("same",))]
+    family = ModelFamily("t", frozenset(), lambda c: table, lambda c: {"num_layers": 0}, dict)
+    found = {n: TensorSpec((1,), "BF16") for n in "ab"}
+    with pytest.raises(PlanError, match="same: 2 rules make it"):
+        make_plan("import", found, family, CONFIG, where="here")

@@ -240,3 +240,12 @@ def test_megatron_objects_become_inert() -> None:
 def test_damaged_pickles_are_one_sentence(data: bytes) -> None:
     with pytest.raises(CheckpointError, match="here: "):
         safe_pickle.load(data, "here")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_parameter_under_two_keys_is_refused(tmp_path: Path) -> None:
+    name = "self_attention.linear_proj.bias"
+    both = {f"decoder.layers.{name}": torch.ones(2, 4), f"decoder.layers.1.{name}": torch.zeros(4)}
+    save_with_torch(tmp_path / "c", both)
+    with pytest.raises(CheckpointError, match="is stored under"):
+        TorchDistSource(tmp_path / "c")
