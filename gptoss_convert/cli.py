@@ -11,17 +11,29 @@ import logging
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 import gptoss_convert
 from gptoss_convert.errors import ConvertError, PlanError, PluginError
+from gptoss_convert.options import (
+    Bytes,
+    common_options,
+    export_dtype_option,
+    hf_model_option,
+    hf_path_option,
+    megatron_option,
+    revision_option,
+    run_options,
+    torch_dtype_option,
+)
 from gptoss_convert.registry import Registry
 
-F = TypeVar("F", bound=Callable[..., Any])
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 log = logging.getLogger("gptoss_convert")
 INTERRUPTED = 130
 
@@ -113,93 +125,6 @@ def registry_of(ctx: click.Context) -> Registry:
             click.echo(f"warning: there is no plugin {name!r} to switch on or off", err=True)
     found: Registry = root.meta["registry"]
     return found
-
-
-class Bytes(click.ParamType[int]):
-    """A size such as 512MiB, 2GB or 1073741824."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        """Text -> bytes."""
-        if isinstance(value, int):
-            return value
-        text = value.strip().upper().removesuffix("B")
-        base = 1024 if text.endswith("I") else 1000
-        text = text.removesuffix("I")
-        power = "KMGT".find(text[-1:]) + 1 if text[-1:].isalpha() else 0
-        try:
-            size = int(float(text.rstrip("KMGT")) * base**power)
-        except (ValueError, OverflowError):
-            size = 0
-        if size <= 0:
-            self.fail(f"{value!r} is no size; write it as 512MiB or 2GB", param, ctx)
-        return size
-
-
-class Folder(click.ParamType[Path]):
-    """A folder's path; an empty one is a variable that was not set."""
-
-    name = "dir"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
-        """Text -> path."""
-        if not str(value).strip():
-            self.fail("is empty; name a folder", param, ctx)
-        return Path(value)
-
-
-def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
-    def apply(function: F) -> F:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return apply
-
-
-DTYPES = click.Choice(["bfloat16", "float16", "float32", "bf16", "fp16", "fp32"])
-hf_model_option = click.option(
-    "--hf-model", "--hf-model-id", metavar="DIR|ID", help="Hugging Face folder or hub id."
-)
-revision_option = click.option(
-    "--hf-revision", metavar="REV", help="Branch, tag or commit of a hub id."
-)
-megatron_option = click.option(
-    "--megatron-path",
-    "--megatron-load-path",
-    type=Folder(),
-    help="Megatron checkpoint: root or iter_* folder.",
-)
-hf_path_option = click.option("--hf-path", type=Folder(), help="Hugging Face folder to write.")
-torch_dtype_option = click.option(
-    "--torch-dtype",
-    type=DTYPES,
-    help="Element type to write; the source's if left out.",
-)
-export_dtype_option = click.option(
-    "--export-dtype",
-    type=DTYPES,
-    help="Element type to write; the checkpoint's if left out.",
-)
-common_options = _options(
-    click.option("--model", metavar="NAME", help="Model family, where several would do."),
-    click.option("--codec", metavar="NAME", help="Codec, where several would do."),
-    click.option("--format", "format_", metavar="NAME", help="Format, where several would do."),
-    click.option(
-        "--trust-remote-code", is_flag=True, help="Accepted, never needed: no code is run."
-    ),
-    click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout."),
-    click.option("--debug", is_flag=True, help="Show where an error comes from."),
-)
-run_options = _options(
-    click.option("--workers", type=click.IntRange(1), help="Layers written side by side."),
-    click.option(
-        "--max-memory", type=Bytes(), default="1GiB", show_default=True, help="Bytes in flight."
-    ),
-    click.option("--overwrite", is_flag=True, help="Replace the checkpoint at the target."),
-    click.option("--no-progress", is_flag=True, help="No progress on stderr."),
-)
 
 
 def _underscores(name: str) -> str:

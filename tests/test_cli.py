@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from gptoss_convert.cli import Bytes, main
+from gptoss_convert.cli import main
+from gptoss_convert.options import Bytes
 from gptoss_plugins.demo import make_checkpoint
 
 
