@@ -50,7 +50,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Contents:
-    """All of a checkpoint: tensors by key, objects by name (None: not in a file of its own)."""
+    """All of a checkpoint: tensors by key, objects by name."""
 
     tensors: Mapping[str, Tensor]
     objects: Mapping[str, Stored]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gptoss_convert.dtypes import from_torch_name
@@ -69,7 +69,6 @@ class TensorRecord:
 class _StorageRecord:
     dtype: str
     key: str
-    numel: int = field(default=0)
 
 
 def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> TensorRecord:
@@ -163,10 +162,10 @@ class _Unpickler(pickle.Unpickler):
         return self._known[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
-        kind, dtype, key, _, numel = pid
+        kind, dtype, key, _, _ = pid
         if kind != "storage" or not isinstance(dtype, str) or not isinstance(key, str):
             raise ValueError("an unknown persistent object")
-        return _StorageRecord(dtype, key, numel)
+        return _StorageRecord(dtype, key)
 
 
 def load(data: bytes, where: str) -> Any:
