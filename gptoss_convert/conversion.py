@@ -21,14 +21,18 @@ from gptoss_convert.errors import (
 )
 from gptoss_convert.execute import (
     DEFAULT_MAX_MEMORY,
+    NOTE,
     Executor,
     Progress,
     default_workers,
     make_budget,
 )
+from gptoss_convert.loss import Loss, total
 from gptoss_convert.staging import Staging, human
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from gptoss_convert.plan import ConversionPlan
     from gptoss_convert.registry import Registry
     from gptoss_convert.types import Format, TensorSink, TensorSource
@@ -45,6 +49,7 @@ class Result:
     target: Path
     seconds: float
     resumed: bool
+    losses: Mapping[str, Loss] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; the schema is described in docs/json.md."""
@@ -58,6 +63,16 @@ class Result:
             "bytes_out": self.plan.bytes_out,
             "seconds": round(self.seconds, 3),
             "resumed": self.resumed,
+            "encoding": self._encoding() if self.losses else None,
+        }
+
+    def _encoding(self) -> dict[str, Any]:
+        """What encoding cost, in all and per tensor."""
+        tensors = [{"name": name, **self.losses[name].to_json()} for name in sorted(self.losses)]
+        return {
+            **self.plan.encoding,
+            "total": total(self.losses.values()).to_json(),
+            "tensors": tensors,
         }
 
 
@@ -70,6 +85,7 @@ class Conversion:
     target_format: Format
     registry: Registry
     reference: Path | None = None
+    hints: TensorSource | None = None
 
     def sink(self, folder: Path) -> TensorSink:
         """The sink that would write to ``folder``; touches no disk."""
@@ -112,7 +128,10 @@ class Conversion:
             if resumed := staging.open():
                 log.info("going on with the unfinished %s", staging.folder)
             validators = self.registry.validators().values()
-            Executor(self.plan, self.source, sink, validators, progress).run(budget)
+            executor = Executor(
+                self.plan, self.source, sink, validators, progress, self.hints, staging.folder
+            )
+            executor.run(budget)
             if self._key() != key:
                 raise CheckpointError(
                     f"{self.source.path}: changed while it was being converted; leave it alone and "
@@ -120,10 +139,13 @@ class Conversion:
                 )
             sink.finish()
             self._validate("checkpoint", staging.folder)
+            for note in staging.folder.glob(f"{NOTE}*"):
+                note.unlink()
             staging.publish()
         except BaseException as error:
             _stopped(error, staging, sink)
-        return Result(self.plan, staging.target, time.monotonic() - started, resumed)
+        seconds = time.monotonic() - started
+        return Result(self.plan, staging.target, seconds, resumed, executor.losses)
 
     def _is_checkpoint(self, folder: Path) -> bool:
         """Whether --overwrite may replace a folder; a parent of checkpoints is none."""
@@ -134,6 +156,7 @@ class Conversion:
         facts = (
             self.plan.digest(),
             self.source.fingerprint(),
+            self.hints.fingerprint() if self.hints else "",
             self.target_format.name,
             gptoss_convert.__version__,
             *sorted(f"{p.distribution} {p.version}" for p in self.registry.plugins),
@@ -142,13 +165,16 @@ class Conversion:
 
     def _check(self, target: Path) -> None:
         """What can be refused for the sake of the source and the plan."""
-        for path in filter(None, (self.source.path, self.reference)):
+        hints = self.hints.path if self.hints else None
+        for path in filter(None, (self.source.path, self.reference, hints)):
             mine, theirs = target.resolve(), path.resolve()
             if mine == theirs or mine in theirs.parents or theirs in mine.parents:
                 raise ConvertError(
                     f"{target}: contains {path}, or lies in it; choose another target"
                 )
         self.source.check()
+        if self.hints:
+            self.hints.check()
         self._validate("plan", None)
         for before, after in self.plan.casts:
             if itemsize(after) > itemsize(before):

@@ -12,10 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptoss_convert.conversion import Conversion, Result
-from gptoss_convert.dtypes import from_torch_name
-from gptoss_convert.errors import CheckpointError, ConvertError
+from gptoss_convert.dtypes import from_torch_name, torch_name
+from gptoss_convert.encoding import Encoding, bind
+from gptoss_convert.errors import CheckpointError, ConvertError, UsageError
 from gptoss_convert.execute import DEFAULT_MAX_MEMORY, Progress
-from gptoss_convert.opening import Choice, config_of, looks_like_an_id, open_source, own_config
+from gptoss_convert.opening import (
+    Choice,
+    config_of,
+    find_hints,
+    looks_like_an_id,
+    open_source,
+    own_config,
+)
 from gptoss_convert.plan import make_plan, to_megatron
 from gptoss_convert.registry import Registry, default_registry
 
@@ -23,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from gptoss_convert.fit import Direction
-    from gptoss_convert.types import Config, Format, Side, TensorSource
+    from gptoss_convert.types import Codec, Config, Format, Side, TensorSource
 
 __all__ = [
     "Choice",
@@ -46,6 +54,7 @@ def prepare_import(
     choice: Choice | None = None,
     revision: str | None = None,
     headers_only: bool = False,
+    keep_scales: bool = True,
 ) -> Conversion:
     """Plan Hugging Face -> Megatron.
 
@@ -54,9 +63,11 @@ def prepare_import(
         torch_dtype: element type to write (``bfloat16``, ``float16``, ``float32``); None keeps
             the source's.
         registry: the plugins; the installed ones by default.
-        choice: decides where several plugins would do.
+        choice: decides where several plugins would do, and sets options of the codec.
         revision: of a hub id.
         headers_only: only look at the plan; shards may hold no data yet.
+        keep_scales: keep the scales of a quantized source beside the Megatron checkpoint, so
+            that an export can give its bytes back.
 
     Raises:
         ConvertError: everything that does not fit, at once.
@@ -73,7 +84,18 @@ def prepare_import(
     )
     name = str(hf_model)
     hub_id = name if looks_like_an_id(name) and not Path(name).exists() else None
-    return _prepare("import", source, own_config(source), torch_dtype, registry, choice, hub_id)
+    config = own_config(source)
+    return prepare(
+        "import",
+        source,
+        config,
+        registry=registry,
+        choice=choice,
+        dtype=torch_dtype,
+        codec=source_codec(config, registry, choice),
+        hub_id=hub_id,
+        keep_hints=keep_scales,
+    )
 
 
 def prepare_export(
@@ -81,6 +103,7 @@ def prepare_export(
     *,
     hf_model: str | Path | None = None,
     export_dtype: str | None = None,
+    scales_from: str | Path | None = None,
     registry: Registry | None = None,
     choice: Choice | None = None,
     revision: str | None = None,
@@ -91,9 +114,12 @@ def prepare_export(
         megatron_path: root or ``iter_*`` folder.
         hf_model: a reference; its config and tokenizer serve where the checkpoint has none, and
             it must be the same model where the checkpoint has its own.
-        export_dtype: element type to write; None keeps the checkpoint's.
+        export_dtype: element type to write, or the codec to write in (``mxfp4``); None keeps the
+            checkpoint's type.
+        scales_from: checkpoint with the scales that the weights once had, for a codec that can
+            use them; None takes those that the import kept.
         registry: the plugins; the installed ones by default.
-        choice: decides where several plugins would do.
+        choice: decides where several plugins would do, and sets options of the codec.
         revision: of a hub id.
 
     Raises:
@@ -109,8 +135,44 @@ def prepare_export(
         config, files = config_of(source, registry, choice), source.files
         if reference is not None:
             _require_same_model(config, own_config(reference), registry, choice, hf_model)
-    conversion = _prepare("export", source, config, export_dtype, registry, choice, None, files)
+    codec, dtype = target_form(export_dtype, registry)
+    conversion = prepare(
+        "export",
+        source,
+        config,
+        registry=registry,
+        choice=choice,
+        dtype=dtype,
+        files=files,
+        encode_as=codec,
+        scales_from=scales_from,
+    )
     return replace(conversion, reference=reference.path if reference else None)
+
+
+def target_form(name: str | None, registry: Registry) -> tuple[Codec | None, str | None]:
+    """What ``--export-dtype`` says: a codec that writes, or an element type (as torch names it).
+
+    Raises:
+        UsageError: it is neither.
+
+    """
+    writing = {n: codec for n, codec in registry.codecs().items() if codec.writes}
+    if name in writing:
+        return writing[name], None
+    try:
+        return None, name and torch_name(from_torch_name(name))
+    except UsageError:
+        raise UsageError(
+            f"{name!r} is neither an element type (bfloat16, float16, float32) nor a codec that "
+            f"can write ({', '.join(sorted(writing)) or 'there is none'})"
+        ) from None
+
+
+def source_codec(config: Config, registry: Registry, choice: Choice) -> Codec | None:
+    """The codec of a source, with the user's options."""
+    codec = registry.codec_for(config, choice.codec)
+    return codec and bind(codec, choice.options)
 
 
 def _reference(
@@ -140,33 +202,48 @@ def _require_same_model(
         )
 
 
-def _prepare(
+def prepare(
     direction: Direction,
     source: TensorSource,
     config: Config,
-    dtype: str | None,
+    *,
     registry: Registry,
     choice: Choice,
-    hub_id: str | None,
+    dtype: str | None = None,
+    codec: Codec | None = None,
     files: Mapping[str, Path] | None = None,
+    hub_id: str | None = None,
+    keep_hints: bool = False,
+    encode_as: Codec | None = None,
+    scales_from: str | Path | None = None,
 ) -> Conversion:
-    where = str(source.path)
+    """Plan any direction; arguments as for ``make_plan`` and the functions above."""
     family = registry.model_for(config, choice.model)
-    importing = direction == "import"
+    encoding = hints = None
+    if encode_as:
+        hints = find_hints(encode_as, source, scales_from, registry)
+        encoding = Encoding(
+            bind(encode_as, choice.options), choice.options, hints.specs() if hints else {}
+        )
+    elif scales_from is not None:
+        raise UsageError("scales serve to encode; say what to encode to with --export-dtype")
     plan = make_plan(
         direction,
         source.specs(),
         family,
         config,
-        where=where,
-        codec=registry.codec_for(config, choice.codec) if importing else None,
+        where=str(source.path),
+        codec=codec,
         known_codecs=registry.codecs().values(),
         dtype=from_torch_name(dtype) if dtype else None,
         files=source.files if files is None else files,
         name_or_path=hub_id,
+        encoding=encoding,
+        keep_hints=keep_hints,
     )
-    side: Side = "megatron" if importing else "hf"
-    return Conversion(plan, source, _target_format(side, registry, choice), registry)
+    side: Side = "megatron" if direction == "import" else "hf"
+    target = _target_format(side, registry, choice)
+    return Conversion(plan, source, target, registry, hints=hints)
 
 
 def _target_format(side: Side, registry: Registry, choice: Choice) -> Format:
@@ -185,6 +262,7 @@ def import_checkpoint(
     megatron_path: str | Path,
     *,
     torch_dtype: str | None = None,
+    keep_scales: bool = True,
     registry: Registry | None = None,
     choice: Choice | None = None,
     revision: str | None = None,
@@ -195,7 +273,12 @@ def import_checkpoint(
 ) -> Result:
     """Hugging Face -> Megatron; arguments as for prepare_import and Conversion.run."""
     conversion = prepare_import(
-        hf_model, torch_dtype=torch_dtype, registry=registry, choice=choice, revision=revision
+        hf_model,
+        torch_dtype=torch_dtype,
+        registry=registry,
+        choice=choice,
+        revision=revision,
+        keep_scales=keep_scales,
     )
     return conversion.run(
         megatron_path,
@@ -212,6 +295,7 @@ def export_checkpoint(
     *,
     hf_model: str | Path | None = None,
     export_dtype: str | None = None,
+    scales_from: str | Path | None = None,
     registry: Registry | None = None,
     choice: Choice | None = None,
     revision: str | None = None,
@@ -225,6 +309,7 @@ def export_checkpoint(
         megatron_path,
         hf_model=hf_model,
         export_dtype=export_dtype,
+        scales_from=scales_from,
         registry=registry,
         choice=choice,
         revision=revision,

@@ -53,6 +53,19 @@ class PluginError(ConvertError):
     """A plugin broke its contract, or several answer where one must."""
 
 
+class EncodeError(ValueError):
+    """A codec met a value that it cannot hold.
+
+    Attributes:
+        row: which row of dim 0 of the tensor it was given.
+
+    """
+
+    def __init__(self, row: int, text: str) -> None:
+        self.row = row
+        super().__init__(text)
+
+
 @contextlib.contextmanager
 def blame(plugin_part: str) -> Iterator[None]:
     """Turn an unexpected error inside a plugin's function into one that names the plugin."""

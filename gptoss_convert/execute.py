@@ -7,15 +7,20 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gptoss_convert.dtypes import torch_dtype
+from gptoss_convert.encoder import Encoder
 from gptoss_convert.errors import ConvertError, MismatchError, ResourceError
-from gptoss_convert.plan import ConversionPlan, Group, Step, step_bytes_in
+from gptoss_convert.loss import Loss, load, save
+from gptoss_convert.ops import Copy
+from gptoss_convert.plan import ConversionPlan, Group, Output, Step, step_bytes_in
 from gptoss_convert.scratch import PAGE, Scratch
 from gptoss_convert.staging import human
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from gptoss_convert.fit import Input
@@ -23,8 +28,15 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_MEMORY = 1 << 30
 PIECE_BYTES = 8 << 20  # of output; larger pieces win nothing and fragment the heap
+NOTE = ".loss-"  # prefix of the notes on finished groups
 Progress = Callable[[int], None]
-_Stored = list[list["Tensor"]]  # per input of a step, its parts as stored
+
+
+class _Stored(NamedTuple):
+    """What a piece needs from disk: per input its parts, and per output its codec's hints."""
+
+    inputs: list[list[Tensor]]
+    hints: list[list[Tensor] | None]
 
 
 def default_workers() -> int:
@@ -71,12 +83,21 @@ def make_budget(sink: TensorSink, workers: int, max_memory: int) -> Budget:
 
 def _cost(step: Step, units: int) -> int:
     """Bytes held while ``units`` of a step are at work: two sets of input, one being read ahead,
-    the decoded tensor, and the rewritten one (which is often a view, but need not be).
+    the decoded tensor, the rewritten one (which is often a view, but need not be), what it is
+    encoded to, and the encoded parts that wait for the first one to end.
     """
-    decoded = sum(i.spec.nbytes for i in step.inputs if i.codec)
+    encoded = [o for o in step.outputs if o.codec]
+    parts = [dict(o.parts) for o in encoded]
+    hints = sum(
+        found[name].nbytes for o, found in zip(encoded, parts, strict=True) for name in o.hints
+    )
+    waiting = sum(spec.nbytes for o in encoded for _, spec in o.parts[1:])
+    decoded = sum(i.spec.nbytes for i in step.inputs if i.codec) + sum(o.nbytes for o in encoded)
     slack = 4 * PAGE * sum(len(i.parts) for i in step.inputs)
-    reused = 2 * (2 * step_bytes_in(step) + decoded)  # scratch memory at most doubles when it grows
-    return (reused + step.nbytes) * units // step.units + slack
+    # scratch memory at most doubles when it grows
+    reused = 2 * (2 * (step_bytes_in(step) + hints) + decoded)
+    rewritten = sum(o.spec.nbytes for o in step.outputs)
+    return (reused + rewritten) * units // step.units + 2 * waiting + slack
 
 
 def _units_per_piece(step: Step, share: int) -> int:
@@ -107,11 +128,14 @@ def _pieces(group: Group, budget: Budget) -> Iterator[_Piece]:
 
 
 class _Memory:
-    """What one worker reuses from piece to piece: one input at work, one being read, one result."""
+    """What one worker reuses from piece to piece: one input at work, one being read, one result,
+    and from step to step the parts that are written last.
+    """
 
     def __init__(self) -> None:
         self.stored = (Scratch(), Scratch())
-        self.decoded = Scratch()
+        self.made = Scratch()
+        self.waiting = Scratch()
 
 
 class Executor:
@@ -123,6 +147,11 @@ class Executor:
         sink: where they go.
         validators: those of stage ``tensor`` see every piece.
         progress: called with the bytes of output just finished, from any thread.
+        hints: where the hints that the plan names are read.
+        notes: folder for what a later run must know of finished groups.
+
+    Attributes:
+        losses: what encoding lost, by tensor.
 
     """
 
@@ -133,8 +162,12 @@ class Executor:
         sink: TensorSink,
         validators: Iterable[Validator] = (),
         progress: Progress = lambda nbytes: None,
+        hints: TensorSource | None = None,
+        notes: Path | None = None,
     ) -> None:
         self._plan, self._source, self._sink = plan, source, sink
+        self._hints, self._notes = hints, notes
+        self.losses: dict[str, Loss] = {}
         self._validators = [v for v in validators if v.stage == "tensor"]
         self._progress = progress
         self._stop = threading.Event()
@@ -153,6 +186,7 @@ class Executor:
         for group in self._sink.groups:
             if self._sink.done(group):
                 self._progress(group.nbytes)
+                self._recall(group)
             else:
                 todo.append(group)
         before = torch.get_num_threads()
@@ -179,16 +213,32 @@ class Executor:
             return
         memory = local.__dict__.setdefault("memory", _Memory())
         writer = self._sink.open(group)
+        encoder = Encoder(writer, memory.waiting)
         try:
             for piece, stored in self._read_ahead(list(_pieces(group, budget)), memory):
                 if self._stop.is_set():
                     writer.abort()
                     return
-                self._convert(piece, stored, memory.decoded, writer)
+                self._convert(piece, stored, memory.made, writer, encoder)
+            self._note(group, encoder.losses)
         except BaseException:
             writer.abort()
             raise
         writer.close()
+
+    def _note(self, group: Group, losses: dict[str, Loss]) -> None:
+        """Keep the losses beside the group before it becomes final."""
+        self.losses |= losses
+        if losses and self._notes:
+            save(self._note_of(group), losses)
+
+    def _recall(self, group: Group) -> None:
+        if self._notes and (path := self._note_of(group)).exists():
+            self.losses |= load(path)
+
+    def _note_of(self, group: Group) -> Path:
+        assert self._notes is not None
+        return self._notes / f"{NOTE}{group.name}.json"
 
     def _read_ahead(
         self, pieces: Sequence[_Piece], memory: _Memory
@@ -207,10 +257,14 @@ class Executor:
 
     def _read(self, piece: _Piece, scratch: Scratch) -> _Stored:
         scratch.reset()
-        return [
-            [self._read_part(piece, i, name, scratch) for name, _ in i.parts]
-            for i in piece.step.inputs
-        ]
+        step = piece.step
+        return _Stored(
+            [
+                [self._read_part(piece, i, name, scratch) for name, _ in i.parts]
+                for i in step.inputs
+            ],
+            [self._read_hints(piece, output, scratch) for output in step.outputs],
+        )
 
     def _read_part(self, piece: _Piece, of: Input, name: str, scratch: Scratch) -> Tensor:
         rows = piece.rows(of.spec.shape[0]) if of.spec.shape else None
@@ -218,33 +272,50 @@ class Executor:
             rows = None
         return self._source.read(name, rows, scratch)
 
+    def _read_hints(self, piece: _Piece, of: Output, scratch: Scratch) -> list[Tensor] | None:
+        if self._hints is None or not of.hints:
+            return None
+        specs = dict(of.parts)
+        return [self._hints.read(n, piece.rows(specs[n].shape[0]), scratch) for n in of.hints]
+
     def _convert(
-        self, piece: _Piece, stored: _Stored, scratch: Scratch, writer: GroupWriter
+        self,
+        piece: _Piece,
+        stored: _Stored,
+        scratch: Scratch,
+        writer: GroupWriter,
+        encoder: Encoder,
     ) -> None:
         scratch.reset()
         tensors = [
-            self._decode(i, parts, scratch)
-            for i, parts in zip(piece.step.inputs, stored, strict=True)
+            self._decode(i, parts, scratch, as_is=isinstance(piece.step.rule.op, Copy))
+            for i, parts in zip(piece.step.inputs, stored.inputs, strict=True)
         ]
         op = piece.step.rule.op
-        if self._plan.direction == "import":
-            made: Sequence[Tensor] = (op.forward(tensors),)
-        else:
+        if self._plan.direction == "export":
             _require_equal(piece.step.inputs, tensors)
             made = op.inverse(tensors[0])
-        for output, tensor in zip(piece.step.outputs, made, strict=True):
+        else:
+            made = (op.forward(tensors),)
+        for output, tensor, hints in zip(piece.step.outputs, made, stored.hints, strict=True):
             rows = piece.rows(output.spec.shape[0]) if output.spec.shape else slice(0, 1)
             if tensor.numel() * piece.step.units != output.spec.numel * (piece.stop - piece.start):
                 raise ConvertError(
                     f"{output.name}: {op} made {list(tensor.shape)} for rows {rows.start} to "
                     f"{rows.stop} of {output.spec}; the op is wrong, report it to its plugin"
                 )
-            tensor = cast(tensor, self._plan.dtype, output.name)
-            self._validate(output.name, rows, tensor)
-            writer.write(output.name, rows, tensor)
-            self._progress(tensor.numel() * tensor.element_size())
+            if output.codec:
+                self._validate(output.name, rows, tensor)
+                encoder.write(output, rows, tensor, hints, scratch)
+            else:
+                tensor = cast(tensor, output.spec.dtype, output.name)
+                self._validate(output.name, rows, tensor)
+                writer.write(output.name, rows, tensor)
+            self._progress(output.nbytes * (piece.stop - piece.start) // piece.step.units)
 
-    def _decode(self, of: Input, parts: Sequence[Tensor], scratch: Scratch) -> Tensor:
+    def _decode(
+        self, of: Input, parts: Sequence[Tensor], scratch: Scratch, *, as_is: bool
+    ) -> Tensor:
         if of.codec is None:
             return parts[0]
         whole = of.spec.shape[0] if of.spec.shape else 1
@@ -252,7 +323,8 @@ class Executor:
         if of.codec.sliceable and of.spec.shape:
             share = share // whole * parts[0].shape[0]
         out = scratch.take(share).view(torch_dtype(of.spec.dtype))
-        decoded = of.codec.decode(parts, out)
+        decode = (as_is and of.codec.decode_contiguous) or of.codec.decode
+        decoded = decode(parts, out)
         if decoded.dtype != out.dtype:
             raise ConvertError(
                 f"{of.name}: codec {of.codec.name} made {decoded.dtype} where it promised "

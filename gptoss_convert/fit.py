@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Literal
 
 from gptoss_convert.dtypes import FLOATS
 from gptoss_convert.errors import blame
-from gptoss_convert.ops import Drop, PadVocab, forward_shape
+from gptoss_convert.ops import COPY, Drop, PadVocab, forward_shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from gptoss_convert.types import Codec, Rule, TensorSpec
 
-Direction = Literal["import", "export"]
+Direction = Literal["import", "export", "quantize", "dequantize"]
 _FEW = 20  # with more misfits than this, near-miss hints cost more than they help
 
 
@@ -88,10 +88,22 @@ class Fitter:
         """Drafts of the steps, in order, for all rules whose tensors are there and fit."""
         for rule, layer in expand(rules, layers):
             draft = self._draft(rule, layer)
-            if isinstance(rule.op, Drop):
+            if direction in ("quantize", "dequantize"):
+                yield from self._unchanged(draft)
+            elif isinstance(rule.op, Drop):
                 self._drop(draft, rule.op.reason)
             elif inputs := self._take(draft, direction):
                 yield replace(draft, inputs=inputs)
+
+    def _unchanged(self, draft: Draft) -> Iterator[Draft]:
+        """Each Hugging Face tensor by itself, as the same tensor; a dropped one only if present."""
+        optional = isinstance(draft.rule.op, Drop)
+        for name, shape in draft.hf.items():
+            if optional and name not in self._left:
+                continue
+            if found := self._take_one(name, shape, padded=False):
+                rule = replace(draft.rule, hf={name: shape}, megatron=name, op=COPY, also=())
+                yield Draft(rule, draft.layer, {name: shape}, (name,), shape, (found,))
 
     def finish(self, direction: Direction) -> None:
         """Report the tensors that are missing and those that no rule took."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,18 +12,27 @@ from gptoss_convert.registry import Registry, default_registry
 from gptoss_convert.staging import require_checkpoint, unfinished
 
 if TYPE_CHECKING:
-    from gptoss_convert.types import Config, Side, TensorSource
+    from collections.abc import Mapping
+
+    from gptoss_convert.types import Codec, Config, Side, TensorSource
 
 log = logging.getLogger("gptoss_convert")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Names that decide between plugins where several would do (``--model`` and so on)."""
+    """What a user decides about plugins.
+
+    Attributes:
+        model, codec, format: names, where several would do (``--model`` and so on).
+        options: of the codec, such as ``{"backend": "table"}``.
+
+    """
 
     model: str | None = None
     codec: str | None = None
     format: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_source(
@@ -112,3 +121,31 @@ def own_config(source: TensorSource) -> Config:
     if source.config is None:
         raise ConfigError(f"{source.path}: has no config.json; fetch the whole checkpoint")
     return source.config
+
+
+def find_hints(
+    codec: Codec, source: TensorSource, scales_from: str | Path | None, registry: Registry
+) -> TensorSource | None:
+    """Where the parts are that let a codec give a source's own bytes back; None if nowhere.
+
+    Args:
+        codec: the one that will encode.
+        source: the checkpoint to be encoded; an import may have kept them beside it.
+        scales_from: a checkpoint to take them from instead.
+        registry: the plugins.
+
+    Raises:
+        CheckpointError: ``scales_from`` holds none.
+
+    """
+    origin = source if scales_from is None else open_source(scales_from, registry=registry)
+    found = getattr(origin, "hints", None)
+    if found and codec.hints and any(name.endswith(codec.hints) for name in found.specs()):
+        return found  # type: ignore[no-any-return]
+    if scales_from is None:
+        return None
+    what = " or ".join(codec.hints) or "scales"
+    raise CheckpointError(
+        f"{scales_from}: holds no {what} of {codec.name}; name the {codec.name} checkpoint that the "
+        f"weights came from, or a Megatron checkpoint imported from it"
+    )

@@ -75,8 +75,59 @@ torch_dtype_option = click.option(
 )
 export_dtype_option = click.option(
     "--export-dtype",
-    type=DTYPES,
-    help="Element type to write; the checkpoint's if left out.",
+    metavar="TYPE|CODEC",
+    help="bfloat16, float16, float32, or a codec to write in (mxfp4); the checkpoint's element "
+    "type if left out.",
+)
+scales_option = click.option(
+    "--scales-from",
+    metavar="DIR|ID",
+    help="Checkpoint with the scales the weights once had; those that the import kept, if left out.",
+)
+keep_scales_option = click.option(
+    "--keep-scales/--no-keep-scales",
+    default=True,
+    show_default=True,
+    help="Keep a quantized source's scales beside the Megatron checkpoint (1.6 % of its size), so "
+    "that an export can give its bytes back.",
+)
+
+
+class Assignment(click.ParamType[tuple[str, str]]):
+    """``NAME=VALUE``."""
+
+    name = "name=value"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, str]:
+        """Text -> name and value."""
+        if isinstance(value, tuple):
+            return value
+        name, equals, setting = value.partition("=")
+        if not (name and equals):
+            self.fail(f"{value!r} is not NAME=VALUE", param, ctx)
+        return name.replace("-", "_"), setting
+
+
+decode_options = _options(
+    click.option("--codec-backend", metavar="NAME", help="What the codec computes with."),
+    click.option(
+        "--codec-option",
+        type=Assignment(),
+        multiple=True,
+        help="Any option of the codec (repeatable).",
+    ),
+)
+encode_options = _options(
+    click.option(
+        "--scale-rule",
+        metavar="NAME",
+        help="How mxfp4 chooses a block's scale: even (default), floor, round_up.",
+    ),
+    click.option(
+        "--on-nonfinite",
+        metavar="NAME",
+        help="What mxfp4 does with NaN and infinity: error (default), nan, saturate.",
+    ),
 )
 common_options = _options(
     click.option("--model", metavar="NAME", help="Model family, where several would do."),

@@ -14,19 +14,44 @@ from gptoss_convert.ops import Op, units
 from gptoss_convert.types import Codec, Config, ModelFamily, Rule, TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
+
+    from gptoss_convert.encoding import Encoding
 
 PLAN_SCHEMA = "gptoss-convert.plan/1"
 
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor of the target; ``also`` are further names under which it is written."""
+    """A logical tensor of the target, and the tensors it is stored as.
+
+    Attributes:
+        name: its logical name.
+        spec: its logical shape and dtype.
+        also: further names under which it is written.
+        codec: what encodes it.
+        parts: (stored name, stored spec) of what the codec makes of it.
+        hints: names of the source's own parts that the codec is to get, if there are any.
+
+    """
 
     name: str
     spec: TensorSpec
     also: tuple[str, ...] = ()
+    codec: Codec | None = None
+    parts: tuple[tuple[str, TensorSpec], ...] = ()
+    hints: tuple[str, ...] = ()
+
+    @property
+    def stored(self) -> tuple[tuple[str, TensorSpec], ...]:
+        """Names and specs as they are written."""
+        return self.parts or ((self.name, self.spec),)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are written."""
+        return sum(spec.nbytes for _, spec in self.stored)
 
 
 @dataclass(frozen=True)
@@ -52,7 +77,7 @@ class Step:
     @property
     def nbytes(self) -> int:
         """Bytes of all outputs, each counted once."""
-        return sum(o.spec.nbytes for o in self.outputs)
+        return sum(output.nbytes for output in self.outputs)
 
 
 @dataclass(frozen=True)
@@ -73,15 +98,19 @@ class ConversionPlan:
     """Everything that will happen, known before the first byte moves.
 
     Attributes:
-        direction: ``import`` (Hugging Face -> Megatron) or ``export``.
+        direction: ``import`` (Hugging Face -> Megatron), ``export``, or, from Hugging Face to
+            Hugging Face, ``quantize`` or ``dequantize``.
         family: name of the model family.
         config: Hugging Face's config of the model.
         megatron_config: the same model in Megatron's fields.
-        dtype: element type of what is written.
+        dtype: element type of what is written, encoded tensors apart.
         steps: in the order they run.
         dropped: tensors that are not carried over, and why.
         files: companions to carry along (tokenizer, config, ...): name -> file.
         name_or_path: how the user named the source, if that was a hub id.
+        kept: steps that copy the hints of the source's codec beside a Megatron checkpoint.
+        quantization: the ``quantization_config`` of what is written, if it is quantized.
+        encoding: name of the codec of what is written, and its options.
 
     """
 
@@ -94,11 +123,14 @@ class ConversionPlan:
     dropped: tuple[tuple[str, str], ...] = ()
     files: Mapping[str, Path] = field(default_factory=dict)
     name_or_path: str | None = None
+    kept: tuple[Step, ...] = ()
+    quantization: Mapping[str, Any] | None = None
+    encoding: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
         """Number of weights, each logical Hugging Face tensor counted once."""
-        side = "inputs" if self.direction == "import" else "outputs"
+        side = "outputs" if self.direction == "export" else "inputs"
         return sum(t.spec.numel for step in self.steps for t in getattr(step, side))
 
     @property
@@ -109,7 +141,7 @@ class ConversionPlan:
     @property
     def bytes_out(self) -> int:
         """Bytes of tensors that will be written, without framing."""
-        return sum(step.nbytes for step in self.steps)
+        return sum(step.nbytes for step in (*self.steps, *self.kept))
 
     @property
     def codecs(self) -> tuple[str, ...]:
@@ -119,7 +151,8 @@ class ConversionPlan:
     @property
     def casts(self) -> tuple[tuple[str, str], ...]:
         """(from, to) dtypes of the conversions of element type, those that round first."""
-        pairs = {(i.spec.dtype, self.dtype) for s in self.steps for i in s.inputs}
+        plain = [s for s in self.steps if not any(o.codec for o in s.outputs)]
+        pairs = {(i.spec.dtype, self.dtype) for s in plain for i in s.inputs}
         return tuple(sorted(p for p in pairs if p[0] != p[1]))
 
     def digest(self) -> str:
@@ -135,6 +168,9 @@ class ConversionPlan:
             "model": self.family,
             "dtype": self.dtype,
             "codecs": list(self.codecs),
+            "encoding": dict(self.encoding) or None,
+            "hints_found": any(o.hints for s in self.steps for o in s.outputs),
+            "hints_kept": sum(step.nbytes for step in self.kept),
             "parameters": self.parameters,
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,
@@ -165,7 +201,12 @@ def _step_json(step: Step) -> dict[str, Any]:
             for i in step.inputs
         ],
         "outputs": [
-            _tensor_json(o) | ({"also": list(o.also)} if o.also else {}) for o in step.outputs
+            {
+                **_tensor_json(o),
+                **({"also": list(o.also)} if o.also else {}),
+                **({"codec": o.codec.name, "parts": [n for n, _ in o.parts]} if o.codec else {}),
+            }
+            for o in step.outputs
         ],
     }
 
@@ -192,20 +233,24 @@ def make_plan(
     dtype: str | None = None,
     files: Mapping[str, Path] | None = None,
     name_or_path: str | None = None,
+    encoding: Encoding | None = None,
+    keep_hints: bool = False,
 ) -> ConversionPlan:
     """Fit a checkpoint's specs to its family's mapping table.
 
     Args:
-        direction: ``import`` or ``export``.
+        direction: as in :class:`ConversionPlan`.
         specs: what the source stores.
         family: the model family.
         config: Hugging Face's config of the model.
         where: the checkpoint, for the message.
         codec: the quantized form the source declares, if any.
         known_codecs: every codec there is, to explain an undeclared quantized form.
-        dtype: element type to write; None keeps the source's.
+        dtype: element type to write; None keeps the source's (BF16 beside encoded tensors).
         files: companions to carry along.
         name_or_path: the hub id, if the user named one.
+        encoding: how to encode what the table calls quantizable.
+        keep_hints: carry the hints of the source's codec along.
 
     Raises:
         PlanError: listing every misfit.
@@ -217,13 +262,17 @@ def make_plan(
     fitter = Fitter(specs, codec, known_codecs)
     drafts = list(fitter.fit(rules, layers, direction))
     fitter.finish(direction)
-    house = house_dtype(drafts, fitter.problems, strict=direction == "import")
+    house = house_dtype(drafts, fitter.problems, strict=direction != "export")
     names = Counter(name for draft in drafts for name in draft.megatron)
     fitter.problems += [
         f"{name}: {count} rules make it; mend the table of {family.name}"
         for name, count in names.items()
         if count > 1
     ]
+    dtype = dtype or ("BF16" if encoding else house)
+    steps = [_step(draft, dtype, direction) for draft in drafts]
+    if encoding:
+        steps = [encoding.encoded(step, fitter.problems) for step in steps]
     if fitter.problems:
         raise PlanError(where, fitter.problems)
     return ConversionPlan(
@@ -231,12 +280,26 @@ def make_plan(
         family.name,
         config,
         megatron_config,
-        dtype or house,
-        tuple(_step(draft, dtype or house, direction) for draft in drafts),
+        dtype,
+        tuple(steps),
         tuple(fitter.dropped),
         files or {},
         name_or_path,
+        tuple(_keep_hints(steps)) if keep_hints else (),
+        encoding.declaration(config, family) if encoding else None,
+        encoding.to_json() if encoding else {},
     )
+
+
+def _keep_hints(steps: Iterable[Step]) -> Iterator[Step]:
+    """Steps that copy hints as they are stored."""
+    for step in steps:
+        for tensor in (i for i in step.inputs if i.codec):
+            for name, spec in tensor.parts:
+                if name.endswith(tensor.codec.hints if tensor.codec else ()):
+                    source = Input(name, spec, ((name, spec),))
+                    rule = Rule({name: spec.shape}, name)
+                    yield Step(rule, step.layer, (source,), (Output(name, spec),), spec.shape[0])
 
 
 def to_megatron(family: ModelFamily, config: Config, where: str) -> dict[str, Any]:

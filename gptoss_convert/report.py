@@ -10,6 +10,7 @@ import click
 from gptoss_convert.conversion import RESIDENT, Conversion, Result
 from gptoss_convert.errors import MOST_SHOWN, printable
 from gptoss_convert.execute import default_workers, make_budget
+from gptoss_convert.loss import total
 from gptoss_convert.registry import KINDS, Registry
 from gptoss_convert.staging import free_bytes, human
 
@@ -50,6 +51,7 @@ def print_plan(facts: Mapping[str, Any]) -> None:
             "parameters": f"{facts['parameters']:,}",
             "read": human(facts["bytes_in"]),
             "written": f"{human(facts['bytes_out'])} as {facts['dtype']}",
+            **_encoding(facts),
             "disk": f"{human(facts['disk_needed'])} needed, {human(facts['disk_free'])} free",
             "memory": f"{human(facts['memory_peak'])} at most, of which "
             f"{human(facts['memory_in_flight'])} in flight, {facts['workers']} workers",
@@ -75,14 +77,59 @@ def print_plan(facts: Mapping[str, Any]) -> None:
         console.print(f"left out: {tensor['name']} ({tensor['reason']})")
 
 
+def _encoding(facts: Mapping[str, Any]) -> dict[str, str]:
+    """What is encoded, or kept to encode it again later."""
+    if kept := facts["hints_kept"]:
+        return {"kept beside it": f"{human(kept)} of scales, to give the source's bytes back"}
+    if encoding := facts["encoding"]:
+        how = "the source's, where they fit" if facts["hints_found"] else "new ones"
+        return {"encoded as": f"{_form(encoding)}, scales: {how}"}
+    return {}
+
+
+def _form(encoding: Mapping[str, str]) -> str:
+    options = (f"{name} {value}" for name, value in encoding.items() if name != "codec")
+    return f"{encoding['codec']} ({', '.join(options)})".replace("_", "-").removesuffix(" ()")
+
+
 def print_result(result: Result) -> None:
-    """One line for people."""
+    """One line for people, and what encoding cost."""
     plan = result.plan
     click.echo(
-        f"{plan.direction}ed {plan.family}: {plan.parameters:,} parameters, "
+        f"{plan.direction.removesuffix('e')}ed {plan.family}: {plan.parameters:,} parameters, "
         f"{human(plan.bytes_in)} read, {human(plan.bytes_out)} written in {result.seconds:.1f} s "
         f"to {result.target}"
     )
+    if result.losses:
+        _print_losses(result)
+
+
+def _print_losses(result: Result) -> None:
+    """A line if nothing was lost, else a table with a row per tensor."""
+    how = _form(result.plan.encoding)
+    everything = total(result.losses.values())
+    if everything.kept == everything.blocks:
+        click.echo(f"{how}: all {everything.blocks:,} blocks keep their values, nothing was lost")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("tensor", no_wrap=True)
+    for name in ("blocks", "kept", "requantized", "max error", "RMS error", "SQNR (dB)"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, loss in [*sorted(result.losses.items()), ("all", everything)]:
+        table.add_row(
+            printable(name),
+            f"{loss.blocks:,}",
+            f"{loss.kept:,}",
+            f"{loss.blocks - loss.kept:,}",
+            f"{loss.largest:.3g}",
+            f"{loss.rms:.3g}",
+            "" if loss.sqnr is None else f"{loss.sqnr:.2f}",
+        )
+    click.echo(f"What {how} costs (a kept block has every value it had):")
+    Console(width=_width()).print(table)
 
 
 def print_inspection(facts: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from gptoss_convert.loss import Loss
     from gptoss_convert.plan import ConversionPlan, Group
     from gptoss_convert.scratch import Scratch
 
@@ -73,6 +74,8 @@ class Rule:
         shard: how tensor parallelism cuts the Megatron tensor.
         also: other names under which Megatron keeps the same tensor; written beside the first,
             and any one of them will do when reading.
+        quantizable: whether the Hugging Face tensors are the ones that a quantized checkpoint
+            stores in its codec's form.
 
     """
 
@@ -81,6 +84,7 @@ class Rule:
     op: ops.Op = ops.COPY
     shard: Shard = Shard.REPLICATED
     also: tuple[str, ...] = ()
+    quantizable: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,8 @@ class ModelFamily:
         megatron_config: ``config ->`` megatron-core's ``TransformerConfig`` and ``GPTModel``
             fields, as plain JSON values; ``num_layers`` must be among them.
         hf_config: the inverse, for checkpoints that carry no ``config.json``.
+        unquantized: the modules that no codec touches, as ``modules_to_not_convert`` in a
+            ``quantization_config`` names them.
 
     """
 
@@ -104,22 +110,42 @@ class ModelFamily:
     megatron_config: Callable[[Config], dict[str, Any]]
     hf_config: Callable[[Config], dict[str, Any]]
     fields: Mapping[str, type | tuple[type, ...]] = field(default_factory=dict)
+    unquantized: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Codec:
     """A quantized storage form: several stored parts stand for one logical tensor.
 
+    The first five fields read it; a codec that also writes has ``encode``, ``parts`` and
+    ``declare``. docs/codecs.md builds one.
+
     Attributes:
-        name: as in ``--codec NAME``.
+        name: as in ``--codec NAME`` and ``--export-dtype NAME``.
         suffixes: the parts of ``X`` are stored as ``X + suffix``, in this order.
         matches: whether a ``config.json`` declares this codec.
         spec: part specs -> logical spec; raises ``ValueError`` (one sentence) if they do not fit.
         decode: ``decode(parts, out=None) -> Tensor``; ``out`` is a flat tensor of the logical
             dtype and size that may be used for the result. May return a view.
-        encode: ``encode(tensor) -> parts``; None if the codec cannot write.
+        encode: ``encode(tensor, hints=None, out=None) -> parts``; None if the codec cannot write.
+            ``tensor`` has the logical row-major order in any shape whose first sizes are the
+            logical ones, and any strides; ``out`` are tensors that may be used for the parts.
+            Raises :class:`~gptoss_convert.errors.EncodeError` for values it cannot hold.
         sliceable: dim 0 of the logical tensor is dim 0 of every part, so that rows can be
-            decoded on their own.
+            decoded and encoded on their own.
+        parts: logical spec -> part specs, the inverse of ``spec``; raises ``ValueError``.
+        declare: the modules that stay unquantized -> ``quantization_config`` for ``config.json``.
+        hints: suffixes of the parts of a *source* without which ``encode`` could not give its
+            bytes back. Import keeps them beside the Megatron checkpoint; ``encode`` gets them as
+            ``hints`` if there are any, and must not let them change a value.
+        options: what a user may set (``--codec-option NAME=VALUE``), with the values to choose
+            from, the default first; those that are set go to ``decode`` and ``encode`` as keywords.
+        check: called with the options that are set; raises ``ValueError`` if they cannot be met
+            on this machine.
+        decode_contiguous: like ``decode``, for when the tensor is written as it is: contiguous in
+            logical order. Without it ``decode``'s result is copied where it is a view.
+        measure: ``measure(tensor, parts) -> Loss``, what encoding lost; without it the parts are
+            decoded and compared element by element.
 
     """
 
@@ -128,8 +154,20 @@ class Codec:
     matches: Callable[[Config], bool]
     spec: Callable[[Sequence[TensorSpec]], TensorSpec]
     decode: Callable[..., Tensor]
-    encode: Callable[[Tensor], Sequence[Tensor]] | None = None
+    encode: Callable[..., Sequence[Tensor]] | None = None
     sliceable: bool = True
+    parts: Callable[[TensorSpec], Sequence[TensorSpec]] | None = None
+    declare: Callable[[Sequence[str]], Mapping[str, Any]] | None = None
+    hints: tuple[str, ...] = ()
+    options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    check: Callable[..., None] | None = None
+    decode_contiguous: Callable[..., Tensor] | None = None
+    measure: Callable[[Tensor, Sequence[Tensor]], Loss] | None = None
+
+    @property
+    def writes(self) -> bool:
+        """Whether it can encode."""
+        return self.encode is not None and self.parts is not None and self.declare is not None
 
 
 @runtime_checkable
@@ -147,6 +185,10 @@ class TensorSource(Protocol):
     @property
     def megatron_config(self) -> Config | None:
         """Megatron's fields, where the checkpoint carries them and no Hugging Face config."""
+
+    @property
+    def hints(self) -> TensorSource | None:
+        """Where a codec's hints can be read by their stored names, if the checkpoint has any."""
 
     @property
     def files(self) -> Mapping[str, Path]:

@@ -86,8 +86,8 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 @click.pass_context
 def demo(ctx: click.Context, output: Path, seed: int, debug: bool) -> None:
     """Make a small GPT-OSS checkpoint, import it, export it, compare every tensor."""
-    from gptoss_convert.cli import registry_of
     from gptoss_convert.convert import export_checkpoint, import_checkpoint
+    from gptoss_convert.program import registry_of
 
     openai, megatron, exported = (output / n for n in ("openai", "megatron", "huggingface"))
     marker = output / ".gptoss-demo"

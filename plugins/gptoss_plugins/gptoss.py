@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 ARCHITECTURE = "GptOssForCausalLM"
 HF, MG = "model.layers.{L}.", "decoder.layers.{L}."
 NUMBER = (int, float)
+UNQUANTIZED = (  # as both published configs have it; everything but the experts
+    "model.layers.*.self_attn",
+    "model.layers.*.mlp.router",
+    "model.embed_tokens",
+    "lm_head",
+)
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "num_hidden_layers": int,
     "hidden_size": int,
@@ -94,6 +100,7 @@ def rules(config: Config) -> Iterator[Rule]:
         to_mlp + "experts.linear_fc1.weight{E}",
         Experts(transpose=True, interleaved=True),
         Shard.GATED,
+        quantizable=True,
     )
     yield Rule(
         {mlp + "experts.gate_up_proj_bias": (E, 2 * I)},
@@ -106,6 +113,7 @@ def rules(config: Config) -> Iterator[Rule]:
         to_mlp + "experts.linear_fc2.weight{E}",
         Experts(transpose=True),
         Shard.ROW,
+        quantizable=True,
     )
     yield Rule(
         {mlp + "experts.down_proj_bias": (E, H)}, to_mlp + "experts.linear_fc2.bias{E}", Experts()
@@ -344,5 +352,11 @@ def _require_default_attention_factor(rope: dict[str, Any]) -> None:
 def gptoss_convert_models() -> Iterator[ModelFamily]:
     """GPT-OSS of any size."""
     yield ModelFamily(
-        "gpt-oss", frozenset({ARCHITECTURE}), rules, megatron_config, hf_config, FIELDS
+        "gpt-oss",
+        frozenset({ARCHITECTURE}),
+        rules,
+        megatron_config,
+        hf_config,
+        FIELDS,
+        unquantized=UNQUANTIZED,
     )

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gptoss_convert import Codec, TensorSpec, hookimpl
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
+    from gptoss_convert.loss import Loss
     from gptoss_convert.types import Config
 
+NAME = "mxfp4"
 BLOCK, BYTES = 32, 16  # values per scale byte, packed bytes per block
+AUTO = "auto"
+OPTIONS = {
+    "backend": (AUTO, "triton", "numba", "table", "reference"),
+    "rule": ("even", "floor", "round_up"),
+    "on_nonfinite": ("error", "nan", "saturate"),
+}
 
 
 def matches(config: Config) -> bool:
     """``quantization_config.quant_method`` is ``mxfp4``."""
-    return (config.get("quantization_config") or {}).get("quant_method") == "mxfp4"
+    return (config.get("quantization_config") or {}).get("quant_method") == NAME
+
+
+def declare(unquantized: Sequence[str]) -> Mapping[str, Any]:
+    """As in the published ``config.json``."""
+    return {"modules_to_not_convert": list(unquantized), "quant_method": NAME}
 
 
 def spec(parts: Sequence[TensorSpec]) -> TensorSpec:
@@ -40,15 +53,147 @@ def spec(parts: Sequence[TensorSpec]) -> TensorSpec:
     return TensorSpec((experts, count * BLOCK, rows), "BF16")
 
 
-def decode(parts: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-    """Exact; bfloat16 [E, in, out] as a view of the natural [E, out, in]."""
+def parts(logical: TensorSpec) -> tuple[TensorSpec, TensorSpec]:
+    """The inverse of :func:`spec`."""
+    if len(logical.shape) != 3:
+        raise ValueError(f"MXFP4 is for tensors [E, in, out], not {list(logical.shape)}")
+    experts, width, rows = logical.shape
+    if width % BLOCK:
+        raise ValueError(f"MXFP4 takes {BLOCK} inputs at a time, which does not divide {width}")
+    shape = (experts, rows, width // BLOCK)
+    return TensorSpec((*shape, BYTES), "U8"), TensorSpec(shape, "U8")
+
+
+def check(backend: str = AUTO, **_: str) -> None:
+    """Raise ValueError unless the backend runs on this machine."""
     from gptoss_kernels import mxfp4
 
-    blocks, scales = parts
-    return mxfp4.decode(blocks, scales, out).transpose(1, 2)
+    if backend != AUTO:
+        mxfp4.choose(_device(backend), backend)
+
+
+def decode(
+    parts: Sequence[Tensor], out: Tensor | None = None, backend: str = AUTO, **_: str
+) -> Tensor:
+    """Exact; bfloat16 [E, in, out] as a view of the natural [E, out, in]."""
+    return _decode(parts, out, backend, transpose=False).transpose(1, 2)
+
+
+def decode_contiguous(
+    parts: Sequence[Tensor], out: Tensor | None = None, backend: str = AUTO, **_: str
+) -> Tensor:
+    """Exact; bfloat16 [E, in, out], contiguous."""
+    return _decode(parts, out, backend, transpose=True)
+
+
+def _decode(
+    parts: Sequence[Tensor], out: Tensor | None, backend: str, *, transpose: bool
+) -> Tensor:
+    from gptoss_kernels import mxfp4
+
+    device = _device(backend)
+    blocks, scales = (part.to(device) for part in parts)
+    on_cpu = device.type == "cpu"
+    decoded = mxfp4.decode(
+        blocks, scales, out if on_cpu else None, transpose=transpose, backend=_name(backend)
+    )
+    if on_cpu:
+        return decoded
+    return decoded.cpu() if out is None else out.view(decoded.shape).copy_(decoded)
+
+
+def encode(
+    tensor: Tensor,
+    hints: Sequence[Tensor] | None = None,
+    out: Sequence[Tensor] | None = None,
+    backend: str = AUTO,
+    rule: Any = "even",
+    on_nonfinite: Any = "error",
+) -> Sequence[Tensor]:
+    """[E, in, out], or a view [E, in, ...] of the same order, to blocks and scales.
+
+    Exact where a block is representable, and of the source's own bytes where ``hints`` (its
+    scales) say how; else to nearest, ties to even.
+
+    Raises:
+        EncodeError: a block holds NaN or infinity.
+
+    """
+    from gptoss_convert.errors import EncodeError
+    from gptoss_kernels import mxfp4
+
+    device = _device(backend)
+    natural = tensor.movedim(1, -1).to(device)
+    groups = (*natural.shape[:-1], natural.shape[-1] // BLOCK)
+    hint = hints[0].view(groups).to(device) if hints else None
+    room = None
+    if out is not None and device.type == "cpu":
+        room = mxfp4.Encoded(out[0].view(*groups, BYTES), out[1].view(groups))
+    try:
+        made = mxfp4.encode(
+            natural,
+            rule=rule,
+            hint=hint,
+            on_nonfinite=on_nonfinite,
+            out=room,
+            backend=_name(backend),
+        )
+    except mxfp4.NonFiniteError as error:
+        expert, *place, group = error.block
+        row = _row(place, natural.shape[1:-1])
+        raise EncodeError(
+            expert,
+            f"output {row}, inputs {group * BLOCK} to {group * BLOCK + BLOCK - 1} hold NaN or "
+            f"infinity, which MXFP4 cannot; mend the checkpoint, or say --on-nonfinite nan or "
+            f"saturate",
+        ) from None
+    shape = (len(tensor), -1, groups[-1])
+    return made.blocks.cpu().view(*shape, BYTES), made.scales.cpu().view(shape)
+
+
+def measure(tensor: Tensor, parts: Sequence[Tensor]) -> Loss:
+    """What encoding lost, block by block."""
+    from gptoss_convert.loss import Loss
+    from gptoss_kernels.mxfp4.loss import loss
+
+    return Loss(*loss(tensor.movedim(1, -1), *parts))
+
+
+def _name(backend: str) -> str | None:
+    return None if backend == AUTO else backend
+
+
+def _device(backend: str) -> Any:
+    """Triton works on the GPU if there is one; the others on the CPU, where the tensors are."""
+    import torch
+
+    gpu = backend == "triton" and torch.cuda.is_available()
+    return torch.device("cuda" if gpu else "cpu")
+
+
+def _row(place: Sequence[int], sizes: Sequence[int]) -> int:
+    """The row-major number of a place."""
+    number = 0
+    for index, size in zip(place, sizes, strict=True):
+        number = number * size + index
+    return number
 
 
 @hookimpl
 def gptoss_convert_codecs() -> Iterator[Codec]:
-    """Decoding only, until the encoder lands."""
-    yield Codec("mxfp4", ("_blocks", "_scales"), matches, spec, decode)
+    """Both ways; the scales are what its bytes cannot be had back without."""
+    yield Codec(
+        NAME,
+        ("_blocks", "_scales"),
+        matches,
+        spec,
+        decode,
+        encode,
+        parts=parts,
+        declare=declare,
+        hints=("_scales",),
+        options=OPTIONS,
+        check=check,
+        decode_contiguous=decode_contiguous,
+        measure=measure,
+    )

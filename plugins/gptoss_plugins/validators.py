@@ -23,12 +23,9 @@ def complete(plan: ConversionPlan, folder: Path) -> Iterator[Finding]:
     source = open_source(folder)
     source.check()
     found = source.specs()
-    wanted = {
-        name: output.spec
-        for step in plan.steps
-        for output in step.outputs
-        for name in (output.name, *output.also)
-    }
+    outputs = [output for step in plan.steps for output in step.outputs]
+    wanted = {name: spec for output in outputs for name, spec in output.stored}
+    wanted |= {name: output.spec for output in outputs for name in output.also}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             yield Finding(

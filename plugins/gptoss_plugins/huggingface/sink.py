@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 5_000_000_000  # transformers' habit
 _DTYPE_FIELDS = ("torch_dtype", "dtype")
+_QUANTIZATION = "quantization_config"
 
 
 class HuggingFaceSink:
@@ -34,7 +35,7 @@ class HuggingFaceSink:
     def __init__(self, folder: Path, plan: ConversionPlan) -> None:
         self._folder, self._plan = folder, plan
         self.groups: Sequence[Group] = list(_shards(plan.steps))
-        self._headers = {group.name: _header(group) for group in self.groups}
+        self._headers = {group.name: shard_header(group) for group in self.groups}
 
     @property
     def nbytes(self) -> int:
@@ -49,10 +50,7 @@ class HuggingFaceSink:
 
     def open(self, group: Group) -> ShardWriter:
         """Start a shard with its header."""
-        header = self._headers[group.name]
-        writer = BlockWriter(self._folder / group.name, len(header) + group.nbytes)
-        writer.append_bytes(header)
-        return ShardWriter(writer, dict(_tensors(group.steps)))
+        return open_shard(self._folder / group.name, group, self._headers[group.name])
 
     def finish(self) -> None:
         """Companions, then the config, then what tells a loader where the tensors are."""
@@ -64,7 +62,7 @@ class HuggingFaceSink:
             write_file(self._folder / INDEX, self._index())
 
     def _index(self) -> bytes:
-        places = {o.name: g.name for g in self.groups for s in g.steps for o in s.outputs}
+        places = {name: g.name for g in self.groups for name, _ in _tensors(g.steps)}
         index = {
             "metadata": {"total_size": self._plan.bytes_out},
             "weight_map": dict(sorted(places.items())),
@@ -81,9 +79,18 @@ class HuggingFaceSink:
 
 
 def export_config(plan: ConversionPlan) -> dict[str, Any]:
-    """The model's config with the quantization taken out and the dtype put in, else unchanged."""
-    config = {k: v for k, v in plan.config.items() if k != "quantization_config"}
-    for name in [n for n in _DTYPE_FIELDS if n in config] or _DTYPE_FIELDS:
+    """The model's config with quantization and dtype as they are written, else unchanged.
+
+    A dtype field is added where there is none, but not to the config of a checkpoint that was
+    quantized in the same way, which did without.
+    """
+    config = dict(plan.config)
+    as_before = plan.quantization is not None and plan.quantization == config.get(_QUANTIZATION)
+    config.pop(_QUANTIZATION, None)
+    if plan.quantization is not None:
+        config[_QUANTIZATION] = dict(plan.quantization)
+    present = [name for name in _DTYPE_FIELDS if name in config]
+    for name in present or (() if as_before else _DTYPE_FIELDS):
         if not _same_dtype(config.get(name), plan.dtype):
             config[name] = torch_name(plan.dtype)
     return config
@@ -124,6 +131,13 @@ class ShardWriter:
         self._writer.abort()
 
 
+def open_shard(path: Path, group: Group, header: bytes) -> ShardWriter:
+    """Start a safetensors file with its header."""
+    writer = BlockWriter(path, len(header) + group.nbytes)
+    writer.append_bytes(header)
+    return ShardWriter(writer, dict(_tensors(group.steps)))
+
+
 def _shards(steps: Sequence[Step]) -> Iterator[Group]:
     """Steps in order, a new shard before one would pass SHARD_BYTES."""
     bins: list[list[Step]] = [[]]
@@ -139,7 +153,8 @@ def _shards(steps: Sequence[Step]) -> Iterator[Group]:
         yield Group(name, tuple(shard))
 
 
-def _header(group: Group) -> bytes:
+def shard_header(group: Group) -> bytes:
+    """What a shard begins with: the header's length and the header."""
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, spec in _tensors(group.steps):
@@ -155,4 +170,4 @@ def _header(group: Group) -> bytes:
 
 
 def _tensors(steps: Iterable[Step]) -> Iterator[tuple[str, TensorSpec]]:
-    return ((o.name, o.spec) for step in steps for o in step.outputs)
+    return (stored for step in steps for o in step.outputs for stored in o.stored)

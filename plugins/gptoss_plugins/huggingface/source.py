@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from gptoss_convert.blockio import BlockReader
@@ -15,12 +16,13 @@ from gptoss_convert.staging import human
 from gptoss_plugins.huggingface.headers import read_json, read_shards
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
 
-    from gptoss_convert.types import Config, TensorSpec
+    from gptoss_convert.types import Config, TensorSource, TensorSpec
+    from gptoss_plugins.huggingface.headers import Shard
 
 # What makes a checkpoint usable beside its weights.
 COMPANIONS = (
@@ -42,37 +44,28 @@ def identity(stat: os.stat_result) -> tuple[int, ...]:
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
-class HuggingFaceSource:
-    """A folder of safetensors files. Only headers are read until a tensor is asked for."""
+class SafetensorsSource:
+    """Tensors in safetensors files of one folder. Only headers are read until one is asked for."""
 
+    config: Config | None = None
     megatron_config: Config | None = None
+    files: Mapping[str, Path] = MappingProxyType({})
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
         self.path = folder
-        path = folder / "config.json"
-        self.config: Config | None = read_json(path) if path.exists() else None
-        self._shards = read_shards(folder)
-        self._entries = {n: e for shard in self._shards for n, e in shard.entries.items()}
+        self._shards = shards
+        self._entries = {n: e for shard in shards for n, e in shard.entries.items()}
         self._readers: dict[str, BlockReader] = {}
         self._opening = threading.Lock()
 
     @property
-    def files(self) -> Mapping[str, Path]:
-        """Config, tokenizer and chat template files by their names in the folder."""
-        found = (p for pattern in COMPANIONS for p in self.path.glob(pattern) if p.is_file())
-        return {p.relative_to(self.path).as_posix(): p for p in sorted(found)}
+    def hints(self) -> TensorSource:
+        """Its own: parts of quantized tensors are stored under their names."""
+        return self
 
     def describe(self) -> Mapping[str, Any]:
-        """Shards, the declared quantization, companions."""
-        quantization = (self.config or {}).get("quantization_config")
-        method = (
-            quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        )
-        return {
-            "shards": [shard.file for shard in self._shards],
-            "quantization": method,
-            "companions": sorted(self.files),
-        }
+        """The files."""
+        return {"shards": [shard.file for shard in self._shards]}
 
     def specs(self) -> Mapping[str, TensorSpec]:
         """Stored tensors, parts of quantized ones included."""
@@ -126,3 +119,26 @@ class HuggingFaceSource:
             if file not in self._readers:
                 self._readers[file] = BlockReader(self.path / file)
             return self._readers[file]
+
+
+class HuggingFaceSource(SafetensorsSource):
+    """A Hugging Face checkpoint: safetensors files, their config and companions."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "config.json"
+        self.config = read_json(path) if path.exists() else None
+        super().__init__(folder, read_shards(folder))
+
+    @property
+    def files(self) -> Mapping[str, Path]:  # type: ignore[override]
+        """Config, tokenizer and chat template files by their names in the folder."""
+        found = (p for pattern in COMPANIONS for p in self.path.glob(pattern) if p.is_file())
+        return {p.relative_to(self.path).as_posix(): p for p in sorted(found)}
+
+    def describe(self) -> Mapping[str, Any]:
+        """Shards, the declared quantization, companions."""
+        quantization = (self.config or {}).get("quantization_config")
+        method = (
+            quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        )
+        return {**super().describe(), "quantization": method, "companions": sorted(self.files)}

@@ -16,6 +16,7 @@ COMMON = "common.pt"
 RUN_CONFIG = "run_config.yaml"
 TOKENIZER = "tokenizer"  # as Megatron-Bridge calls it
 HUGGING_FACE = "huggingface"  # config.json and generation_config.json
+QUANTIZATION = "quantization"  # parts of a quantized source, one safetensors file per codec
 IMPORTED = "iter_0000000"
 
 

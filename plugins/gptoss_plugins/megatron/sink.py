@@ -15,7 +15,8 @@ from gptoss_convert.blockio import WRITER_BYTES, BlockWriter, write_file
 from gptoss_convert.ops import split_row_major
 from gptoss_convert.plan import ConversionPlan, Group, Output
 from gptoss_convert.scratch import round_up
-from gptoss_convert.types import TensorSpec
+from gptoss_convert.types import GroupWriter, TensorSpec
+from gptoss_plugins.huggingface.sink import open_shard, shard_header
 from gptoss_plugins.megatron import folder as names
 from gptoss_plugins.megatron import metadata, sidecars
 from gptoss_plugins.megatron.keys import (
@@ -56,10 +57,12 @@ class TorchDistSink:
         self._root, self._folder = folder, folder / names.IMPORTED
         self._layers = plan.megatron_config["num_layers"]
         runs = itertools.groupby(plan.steps, key=lambda step: step.layer)
-        self.groups: Sequence[Group] = [
+        self._data = [
             Group(f"__{number}_0.distcp", tuple(steps)) for number, (_, steps) in enumerate(runs)
         ]
-        self._items = {group.name: dict(self._place(group)) for group in self.groups}
+        self._kept = {name: Group(name, plan.kept) for name in _kept_files(plan)}
+        self.groups: Sequence[Group] = [*self._kept.values(), *self._data]
+        self._items = {group.name: dict(self._place(group)) for group in self._data}
 
     def _place(self, group: Group) -> Iterator[tuple[str, list[_Item]]]:
         """Output name -> its items, one behind the other from the file's start."""
@@ -84,7 +87,8 @@ class TorchDistSink:
     @property
     def nbytes(self) -> int:
         """Data files to the byte; an upper bound of the rest."""
-        data = sum(map(self._file_bytes, self.groups))
+        data = sum(map(self._file_bytes, self._data))
+        data += sum(len(shard_header(group)) + group.nbytes for group in self._kept.values())
         entries = sum(2 * len(i) for items in self._items.values() for i in items.values())
         modules = extra_state_modules(self._outputs())
         entries += sum(
@@ -97,10 +101,13 @@ class TorchDistSink:
         """A data file under its final name is whole: it gets that name last."""
         return (self._folder / group.name).exists()
 
-    def open(self, group: Group) -> GroupFile:
+    def open(self, group: Group) -> GroupWriter:
         """Start a data file."""
-        self._folder.mkdir(exist_ok=True)
-        writer = BlockWriter(self._folder / group.name, self._file_bytes(group))
+        path = self._folder / group.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if group.name in self._kept:
+            return open_shard(path, group, shard_header(group))
+        writer = BlockWriter(path, self._file_bytes(group))
         specs = {o.name: o.spec for step in group.steps for o in step.outputs}
         return GroupFile(writer, self._items[group.name], specs)
 
@@ -128,7 +135,7 @@ class TorchDistSink:
         """Keys in order of first appearance; further names of a tensor share its bytes."""
         specs: dict[str, TensorSpec] = {}
         boxes: dict[str, list[metadata.StoredChunk]] = {}
-        for group in self.groups:
+        for group in self._data:
             for output in (o for step in group.steps for o in step.outputs):
                 items = self._items[group.name][output.name]
                 for name in (output.name, *output.also):
@@ -151,6 +158,11 @@ class TorchDistSink:
             for module, output in modules.items()
             for name in extra_state_objects(module, output, self._layers)
         }
+
+
+def _kept_files(plan: ConversionPlan) -> list[str]:
+    """The file for what is kept of the source's codec, if anything is."""
+    return [f"{names.QUANTIZATION}/{codec}.safetensors" for codec in plan.codecs if plan.kept]
 
 
 class GroupFile:

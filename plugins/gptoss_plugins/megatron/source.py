@@ -13,11 +13,18 @@ from gptoss_convert.blockio import BlockReader
 from gptoss_convert.dtypes import itemsize, torch_dtype
 from gptoss_convert.errors import CheckpointError, PlanError
 from gptoss_convert.scratch import Scratch
-from gptoss_convert.types import Config, TensorSpec
-from gptoss_plugins.huggingface.headers import read_json
-from gptoss_plugins.huggingface.source import identity
+from gptoss_convert.types import Config, TensorSource, TensorSpec
+from gptoss_plugins.huggingface.headers import read_header, read_json
+from gptoss_plugins.huggingface.source import SafetensorsSource, identity
 from gptoss_plugins.megatron import metadata, sidecars
-from gptoss_plugins.megatron.folder import MARK, METADATA, TRACKER, companions, iteration_folder
+from gptoss_plugins.megatron.folder import (
+    MARK,
+    METADATA,
+    QUANTIZATION,
+    TRACKER,
+    companions,
+    iteration_folder,
+)
 from gptoss_plugins.megatron.keys import is_stacked, is_weight, parameter
 from gptoss_plugins.megatron.torchzip import Item, read_item, strides
 
@@ -61,6 +68,13 @@ class TorchDistSource:
         return companions(self.iteration)
 
     @property
+    def hints(self) -> TensorSource | None:
+        """Parts of the quantized checkpoint this was imported from, if the import kept them."""
+        folder = self.iteration / QUANTIZATION
+        files = sorted(folder.glob("*.safetensors"))
+        return SafetensorsSource(folder, [read_header(file) for file in files]) if files else None
+
+    @property
     def config(self) -> Config | None:
         """Hugging Face's config, if the import carried it along."""
         path = self.files.get("config.json")
@@ -85,6 +99,9 @@ class TorchDistSource:
             "optimizer_state": any(not is_weight(name) for name in tensors),
             "common_state": sidecars.common_place(self.iteration, objects),
             "companions": sorted(self.files),
+            "kept_for_requantizing": sorted(
+                path.stem for path in (self.iteration / QUANTIZATION).glob("*.safetensors")
+            ),
         }
 
     def specs(self) -> Mapping[str, TensorSpec]:

@@ -1,0 +1,185 @@
+"""What every command line program of ours shares: plugin commands, errors as one sentence, running
+a conversion. Commands of plugins use it too.
+
+Results go to stdout, everything else to stderr. Nothing here imports torch before it is needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import signal
+import sys
+import traceback
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from gptoss_convert.errors import ConvertError, PluginError
+from gptoss_convert.registry import Registry
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from gptoss_convert.conversion import Conversion
+    from gptoss_convert.opening import Choice
+
+log = logging.getLogger("gptoss_convert")
+INTERRUPTED = 130
+
+
+class Program(click.Group):
+    """Core commands, plus whatever plugins offer; turns errors into one sentence and a code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Core and plugin commands by name."""
+        return sorted({*super().list_commands(ctx), *self._from_plugins(ctx)})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """A core command, or one of a plugin's."""
+        return super().get_command(ctx, cmd_name) or self._from_plugins(ctx).get(cmd_name)
+
+    def _from_plugins(self, ctx: click.Context) -> dict[str, click.Command]:
+        found = ctx.meta.get("commands")
+        if found is None:
+            found = ctx.meta["commands"] = self._collect(ctx)
+        return dict(found)
+
+    def _collect(self, ctx: click.Context) -> dict[str, click.Command]:
+        try:
+            found = registry_of(ctx).commands()
+        except PluginError as error:  # must not take --help and `plugins` down with it
+            click.echo(f"warning: {error}", err=True)
+            return {}
+        if clash := sorted(found.keys() & self.commands.keys()):
+            click.echo(f"warning: plugins may not replace the command {', '.join(clash)}", err=True)
+        return found
+
+    def main(  # type: ignore[override]
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        *,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run; outside of standalone mode errors are raised as they are."""
+        if not standalone_mode:
+            return super().main(args, prog_name, standalone_mode=False, **extra)
+        try:
+            code = super().main(args, prog_name, standalone_mode=False, **extra)
+            sys.exit(code if isinstance(code, int) else 0)
+        except Exception as error:
+            _fail(error)
+        except KeyboardInterrupt:
+            _interrupted()
+
+
+def _fail(error: Exception) -> NoReturn:
+    """One clear sentence on stderr, and the exit code that goes with it."""
+    if isinstance(error, click.exceptions.Abort):
+        _interrupted()
+    if isinstance(error, click.ClickException):
+        error.show()
+        sys.exit(error.exit_code)
+    if "--debug" in sys.argv:
+        traceback.print_exception(error)
+    if isinstance(error, ConvertError):
+        text, code = str(error), error.exit_code
+    elif isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        text, code = f"{where}{error.strerror or error}; check the path and its permissions", 1
+    else:
+        text, code = f"internal error ({error!r}); say --debug for its place and report it", 1
+    click.echo(f"error: {text}", err=True)
+    sys.exit(code)
+
+
+def _interrupted() -> NoReturn:
+    click.echo("interrupted; run the same command again to go on", err=True)
+    sys.exit(INTERRUPTED)
+
+
+def registry_of(ctx: click.Context) -> Registry:
+    """The plugins, as the command line limits them; loaded once."""
+    root = ctx.find_root()
+    if "registry" not in root.meta:
+        root.meta["registry"] = registry = Registry(disabled=root.params.get("no_plugin") or ())
+        for plugin in registry.failures:
+            click.echo(
+                f"warning: plugin {plugin.name!r} of {plugin.distribution} {plugin.version} did "
+                f"not load: {plugin.error}",
+                err=True,
+            )
+        for name in registry.unknown:
+            click.echo(f"warning: there is no plugin {name!r} to switch on or off", err=True)
+    found: Registry = root.meta["registry"]
+    return found
+
+
+def choice_of(
+    model: str | None = None,
+    codec: str | None = None,
+    format_: str | None = None,
+    codec_backend: str | None = None,
+    codec_option: Sequence[tuple[str, str]] = (),
+    scale_rule: str | None = None,
+    on_nonfinite: str | None = None,
+    **_: Any,
+) -> Choice:
+    """What a command's options decide about plugins; takes all its options."""
+    from gptoss_convert.opening import Choice
+
+    named = {"backend": codec_backend, "rule": scale_rule, "on_nonfinite": on_nonfinite}
+    options = {name: value for name, value in named.items() if value is not None}
+    return Choice(model, codec, format_, {**options, **dict(codec_option)})
+
+
+def required(value: Any, flag: str) -> Any:
+    """The value of a flag that must be given; a usage error without it."""
+    if value is None or not str(value):
+        raise click.UsageError(f"Missing option '{flag}'.")
+    return value
+
+
+def run_conversion(
+    conversion: Conversion,
+    target: Path,
+    *,
+    workers: int | None,
+    max_memory: int,
+    overwrite: bool,
+    no_progress: bool,
+    as_json: bool,
+    **_: Any,
+) -> None:
+    """Convert with progress on stderr, and print the result."""
+    from gptoss_convert.progress import reporting
+    from gptoss_convert.report import print_result
+
+    _import_torch()
+    with reporting(conversion.plan, show=not no_progress) as progress:
+        result = conversion.run(
+            target,
+            workers=workers,
+            max_memory=max_memory,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    echo_json(result.to_json()) if as_json else print_result(result)
+
+
+def _import_torch() -> None:
+    """Hold Ctrl-C back meanwhile: an extension that is interrupted half-loaded swallows it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        importlib.import_module("torch")
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def echo_json(value: Any) -> None:
+    """A result for machines."""
+    click.echo(json.dumps(value, indent=2))

@@ -1,0 +1,97 @@
+"""Hugging Face to Hugging Face: the same tensors, in a codec's form or out of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gptoss_convert.convert import prepare, source_codec, target_form
+from gptoss_convert.errors import CheckpointError
+from gptoss_convert.opening import Choice, open_source, own_config
+from gptoss_convert.registry import Registry, default_registry
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gptoss_convert.conversion import Conversion
+
+
+def prepare_quantize(
+    hf_model: str | Path,
+    codec: str,
+    *,
+    scales_from: str | Path | None = None,
+    registry: Registry | None = None,
+    choice: Choice | None = None,
+    revision: str | None = None,
+) -> Conversion:
+    """Plan writing a checkpoint in a codec's form; everything else is written as BF16.
+
+    Args:
+        hf_model: folder or hub id.
+        codec: name of a codec that writes.
+        scales_from: checkpoint with the scales that the weights once had.
+        registry: the plugins; the installed ones by default.
+        choice: decides where several plugins would do, and sets options of the codec.
+        revision: of a hub id.
+
+    Raises:
+        ConvertError: everything that does not fit, at once.
+
+    """
+    registry, choice = registry or default_registry(), choice or Choice()
+    source = open_source(hf_model, "hf", registry=registry, choice=choice, revision=revision)
+    config = own_config(source)
+    target, _ = target_form(codec, registry)
+    before = registry.codec_for(config)
+    if target is None or (before and before.name == target.name):
+        raise CheckpointError(f"{hf_model}: is {codec} already; there is nothing to quantize")
+    return prepare(
+        "quantize",
+        source,
+        config,
+        registry=registry,
+        choice=choice,
+        codec=before,
+        encode_as=target,
+        scales_from=scales_from,
+    )
+
+
+def prepare_dequantize(
+    hf_model: str | Path,
+    *,
+    torch_dtype: str | None = None,
+    registry: Registry | None = None,
+    choice: Choice | None = None,
+    revision: str | None = None,
+) -> Conversion:
+    """Plan writing a quantized checkpoint in full, by default in the type of its other tensors.
+
+    Args:
+        hf_model: folder or hub id.
+        torch_dtype: element type to write.
+        registry: the plugins; the installed ones by default.
+        choice: decides where several plugins would do, and sets options of the codec.
+        revision: of a hub id.
+
+    Raises:
+        ConvertError: everything that does not fit, at once.
+
+    """
+    registry, choice = registry or default_registry(), choice or Choice()
+    source = open_source(hf_model, "hf", registry=registry, choice=choice, revision=revision)
+    config = own_config(source)
+    codec = source_codec(config, registry, choice)
+    if codec is None:
+        raise CheckpointError(
+            f"{hf_model}: is not quantized, as its config.json has it; there is nothing to dequantize"
+        )
+    return prepare(
+        "dequantize",
+        source,
+        config,
+        registry=registry,
+        choice=choice,
+        dtype=torch_dtype,
+        codec=codec,
+    )

@@ -1,0 +1,164 @@
+"""MXFP4 in plain torch, by table: the path that is always there.
+
+Decoding looks up each (scale, byte) pair's two values. Encoding works on the integer bits of the
+values: with the scale's exponent taken off them, the nearest code is a matter of thresholds.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from gptoss_kernels.mxfp4 import reference
+from gptoss_kernels.mxfp4.form import (
+    BLOCK,
+    BYTES,
+    LARGEST_SCALE,
+    NAN_SCALE,
+    SHIFTED,
+    Rule,
+)
+from gptoss_kernels.mxfp4.views import chunks
+
+_CHUNK = 8192  # blocks at a time; index and result stay in the cache
+_SMALL = 2  # up to this scale byte, elements may be subnormal: their bits are no scaled exponent
+
+
+def decode(blocks: Tensor, scales: Tensor, view: Tensor) -> None:
+    """``view[e, a, b, :]`` from row ``a * B + b`` of expert ``e``; exact."""
+    pairs = _pairs(view.device)
+    buffers: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    for part, rows in chunks(view, _CHUNK):
+        codes, factors = blocks[part].view(-1, BYTES), scales[part].view(-1, 1)
+        count = len(codes)
+        if count not in buffers:
+            shapes = ((count, BYTES), (count, 1), (count, BYTES))
+            low, high, values = (
+                torch.empty(s, dtype=torch.int32, device=view.device) for s in shapes
+            )
+            buffers[count] = low, high, values
+        low, high, values = buffers[count]
+        index = low.copy_(codes)
+        index |= high.copy_(factors).bitwise_left_shift_(8)
+        if rows.is_contiguous():
+            values = rows.view(-1).view(torch.int32).view(-1, BYTES)
+        torch.index_select(pairs, 0, index.view(-1), out=values.view(-1))
+        if not rows.is_contiguous():
+            rows.copy_(values.view(-1).view(torch.bfloat16).view(rows.shape))
+
+
+@cache
+def _pairs(device: torch.device) -> Tensor:
+    """int32 ``[65536]``: entry ``scale << 8 | byte`` holds the two bfloat16 values of the byte."""
+    byte = torch.arange(256, dtype=torch.uint8)
+    blocks = byte.view(1, BYTES, 1, BYTES).expand(256, -1, -1, -1)
+    scales = byte.view(256, 1, 1).expand(-1, BYTES, 1)
+    values = torch.empty(256, BYTES, 1, BLOCK, dtype=torch.bfloat16)
+    reference.decode(blocks.contiguous(), scales.contiguous(), values)
+    return values.view(torch.int32).view(-1).to(device)
+
+
+def encode(view: Tensor, rule: Rule, hint: Tensor | None, blocks: Tensor, scales: Tensor) -> None:
+    """Blocks and scales of ``view``; scale 255 and codes 0 where a block holds NaN or infinity."""
+    for part, rows in chunks(view, _CHUNK):
+        values = rows.reshape(-1, BLOCK)
+        wanted = None if hint is None else hint[part].view(-1)
+        made = blocks[part].view(-1, BYTES), scales[part].view(-1)
+        _encode(values, rule, wanted, *made)
+
+
+def _encode(x: Tensor, rule: Rule, hint: Tensor | None, blocks: Tensor, scales: Tensor) -> None:
+    """One chunk, ``[N, 32]``."""
+    bits, fraction = (x.view(torch.int32), 23) if x.itemsize == 4 else (x.view(torch.int16), 7)
+    magnitude = bits & ((1 << (8 + fraction)) - 1)
+    amax = magnitude.amax(1)
+    scale = _scale(amax, rule, fraction)
+    codes = _codes(magnitude, scale.clamp_min(_SMALL + 1), fraction)
+    codes |= (bits >> (5 + fraction)) & 8
+    _pack(codes, blocks)
+    scales.copy_(scale)
+    if hint is not None:
+        torch.where((amax == 0) & (hint != NAN_SCALE), hint, scales, out=scales)
+        _keep_hints(x, codes, hint, blocks, scales, (amax > 0) & (scale > _SMALL))
+    _redo((amax > 0) & (scale <= _SMALL), x, rule, hint, blocks, scales)
+    broken = amax >= 255 << fraction
+    if bool(broken.any()):
+        blocks[broken] = 0
+        scales[broken] = NAN_SCALE
+
+
+def _scale(amax: Tensor, rule: Rule, fraction: int) -> Tensor:
+    """The rule of ``form.py``, from the bits of the largest magnitude: int32."""
+    carry = {
+        "even": 1 << (fraction - 2),  # m >= 1.75 carries into the exponent
+        "floor": 0,
+        "round_up": (1 << (fraction - 1)) - 1,  # m > 1.5 does
+    }[rule]
+    return (((amax.int() + carry) >> fraction) - 2).clamp_(0, LARGEST_SCALE)
+
+
+def _codes(magnitude: Tensor, scale: Tensor, fraction: int) -> Tensor:
+    """Nearest E2M1 codes, ties to even, from the bits of normal numbers.
+
+    ``t`` counts from 0.25 at the block's scale, ``1 << fraction`` to each doubling. From 1.0 on
+    (code 2) codes are half a doubling apart, so rounding ``t`` to that is rounding to nearest;
+    below there are only the thresholds 0.25 and 0.75.
+    """
+    base = ((scale - 2) << fraction).to(magnitude.dtype)
+    t = magnitude - base[:, None]
+    step = fraction - 1
+    codes = (t >> step) & 1
+    codes += t
+    codes += (1 << (step - 1)) - 1
+    codes >>= step
+    codes.clamp_(max=9).sub_(2)
+    small = (t - ((3 << step) - 1)).clamp_(0, 1)
+    small += t.clamp_(0, 1)
+    return torch.maximum(codes, small, out=codes)
+
+
+def _pack(codes: Tensor, blocks: Tensor) -> None:
+    """Codes ``[N, 32]`` -> bytes ``[N, 16]``; the two of a byte are neighbours in memory."""
+    pairs = codes.view(torch.int32) if codes.itemsize == 2 else codes.view(torch.int64)
+    blocks.copy_(pairs | (pairs >> (4 * codes.itemsize * 2 - 4)))
+
+
+def _keep_hints(
+    x: Tensor, codes: Tensor, hint: Tensor, blocks: Tensor, scales: Tensor, where: Tensor
+) -> None:
+    """Write blocks at the hint instead where that decodes to exactly the same values."""
+    above = hint.short() - scales
+    (found,) = torch.where(where & (above > 0) & (above < len(SHIFTED)) & (hint != NAN_SCALE))
+    if not len(found):
+        return
+    few = codes[found]
+    shifted = _shifted(x.device)[above[found].long()[:, None], (few & 7).long()]
+    packed = torch.empty(len(found), BYTES, dtype=torch.uint8, device=x.device)
+    _pack(shifted.to(codes.dtype) | (few & 8), packed)
+    back = torch.empty(1, len(found), 1, BLOCK, dtype=torch.bfloat16, device=x.device)
+    decode(packed[None, :, None], hint[found][None, :, None], back)
+    exact = (back.view(-1, BLOCK).to(x.dtype) == x[found]).all(1)
+    blocks[found[exact]] = packed[exact]
+    scales[found[exact]] = hint[found[exact]]
+
+
+@cache
+def _shifted(device: torch.device) -> Tensor:
+    """uint8 ``[4, 8]``; where a quotient is off the grid any code will do, as it decodes to another."""
+    return torch.tensor([[code or 0 for code in row] for row in SHIFTED], device=device)
+
+
+def _redo(
+    where: Tensor, x: Tensor, rule: Rule, hint: Tensor | None, blocks: Tensor, scales: Tensor
+) -> None:
+    """Encode some blocks again by the reference."""
+    (found,) = torch.where(where)
+    if not len(found):
+        return
+    made = torch.empty_like(blocks[found]), torch.empty_like(scales[found])
+    wanted = None if hint is None else hint[found][None, :, None]
+    rows = x[found][None, :, None]
+    reference.encode(rows, rule, wanted, made[0][None, :, None], made[1][None, :, None])
+    blocks[found], scales[found] = made
