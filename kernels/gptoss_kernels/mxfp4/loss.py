@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from gptoss_kernels.mxfp4 import table
 from gptoss_kernels.mxfp4.form import BLOCK, BYTES
+from gptoss_kernels.mxfp4.threads import scratch, spread
 from gptoss_kernels.mxfp4.views import chunks, four_dims
 
-_CHUNK = 8192  # blocks at a time, so that intermediate results stay in the cache
+_CHUNK = 16384  # blocks at a time, so that intermediate results stay in the cache
 
 
 class MXFP4Loss(NamedTuple):
@@ -37,24 +39,41 @@ class MXFP4Loss(NamedTuple):
 
 def loss(tensor: Tensor, blocks: Tensor, scales: Tensor) -> MXFP4Loss:
     """Compare ``tensor`` (bfloat16, float16 or float32 ``[..., K]`` on the CPU) with what its
-    blocks and scales, in the same order, decode to. Sums are in float64. Decoding is always by
-    table, so what another backend made is checked by an independent one.
+    blocks and scales, in the same order, decode to. Sums are in float32 over a chunk, in float64
+    over the chunks. Decoding is always by table, so what another backend made is checked by an
+    independent one.
     """
     view = four_dims(tensor)
     places = (view.shape[0], view.shape[1] * view.shape[2], view.shape[3] // BLOCK)
     blocks, scales = blocks.view(*places, BYTES), scales.view(places)
-    kept, largest, squares, power = 0, 0.0, 0.0, 0.0
-    for part, rows in chunks(view, _CHUNK):
-        back = torch.empty(rows.shape, dtype=torch.bfloat16)
+
+    def work(chunk: tuple[tuple[int, slice], Tensor]) -> tuple[int, float, float, float]:
+        part, rows = chunk
+        back = scratch(4, rows.shape, torch.bfloat16, rows.device)
         table.decode(blocks[part][None], scales[part][None], back.view(1, -1, 1, view.shape[3]))
-        value, again = rows.reshape(-1, BLOCK).float(), back.view(-1, BLOCK).float()
-        same = (value.view(torch.int32) == again.view(torch.int32)).all(1)
-        kept += int(same.sum())
-        finite = value.nan_to_num(0.0, 0.0, 0.0)
-        power += float(torch.linalg.vector_norm(finite, dtype=torch.float64)) ** 2
-        if not bool(same.all()):
-            error = (again - value).nan_to_num_(0.0, 0.0, 0.0)
-            largest = max(largest, float(error.abs().max()))
-            squares += float(torch.linalg.vector_norm(error, dtype=torch.float64)) ** 2
+        return _compare(rows.reshape(-1, BLOCK), back.view(-1, BLOCK))
+
+    kept, largest, squares, power = zip(*spread(work, list(chunks(view, _CHUNK))), strict=True)
     count = scales.numel()
-    return MXFP4Loss(count, kept, largest, squares, power, count * BLOCK)
+    return MXFP4Loss(count, sum(kept), max(largest), sum(squares), sum(power), count * BLOCK)
+
+
+def _compare(value: Tensor, back: Tensor) -> tuple[int, float, float, float]:
+    """How many blocks ``[N, 32]`` are equal; largest error, sums of squared errors and values."""
+    wide = scratch(5, value.shape, torch.float32, value.device).copy_(value)
+    again = scratch(6, value.shape, torch.float32, value.device).copy_(back)
+    pair = (value, back) if value.dtype == back.dtype else (wide, again)
+    left, right = (tensor.view(torch.int64) for tensor in pair)
+    bits = scratch(7, left.shape, torch.int64, value.device)
+    low, high = torch.bitwise_xor(left, right, out=bits).aminmax()  # "==" is far slower in torch
+    power = float(torch.dot(wide.view(-1), wide.view(-1)))
+    if not math.isfinite(power):  # NaN, infinity, or values beyond the square root of the largest
+        finite = wide.isfinite() & again.isfinite()
+        wide, again = (torch.where(finite, tensor, 0).double() for tensor in (wide, again))
+        power = float(wide.square().sum())
+    if not (low or high):
+        return len(value), 0.0, 0.0, power
+    same = (bits.amax(1) == 0) & (bits.amin(1) == 0)
+    error = again.sub_(wide)
+    least, most = map(float, error.aminmax())
+    return int(same.sum()), max(-least, most), float(error.square_().sum()), power

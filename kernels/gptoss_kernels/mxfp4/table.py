@@ -20,33 +20,33 @@ from gptoss_kernels.mxfp4.form import (
     SHIFTED,
     Rule,
 )
+from gptoss_kernels.mxfp4.threads import scratch, spread
 from gptoss_kernels.mxfp4.views import chunks
 
-_CHUNK = 8192  # blocks at a time; index and result stay in the cache
+_DECODE_CHUNK = 16384  # blocks at a time; index and result stay in the cache, and threads
+_ENCODE_CHUNK = 8192  # do not wait for each other at every step
 _SMALL = 2  # up to this scale byte, elements may be subnormal: their bits are no scaled exponent
 
 
 def decode(blocks: Tensor, scales: Tensor, view: Tensor) -> None:
     """``view[e, a, b, :]`` from row ``a * B + b`` of expert ``e``; exact."""
     pairs = _pairs(view.device)
-    buffers: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-    for part, rows in chunks(view, _CHUNK):
-        codes, factors = blocks[part].view(-1, BYTES), scales[part].view(-1, 1)
-        count = len(codes)
-        if count not in buffers:
-            shapes = ((count, BYTES), (count, 1), (count, BYTES))
-            low, high, values = (
-                torch.empty(s, dtype=torch.int32, device=view.device) for s in shapes
-            )
-            buffers[count] = low, high, values
-        low, high, values = buffers[count]
-        index = low.copy_(codes)
-        index |= high.copy_(factors).bitwise_left_shift_(8)
-        if rows.is_contiguous():
-            values = rows.view(-1).view(torch.int32).view(-1, BYTES)
-        torch.index_select(pairs, 0, index.view(-1), out=values.view(-1))
-        if not rows.is_contiguous():
-            rows.copy_(values.view(-1).view(torch.bfloat16).view(rows.shape))
+
+    def work(chunk: tuple[tuple[int, slice], Tensor]) -> None:
+        part, rows = chunk
+        count = rows.numel() // BLOCK
+        index = scratch(0, (count, BYTES), torch.int32, view.device).copy_(
+            blocks[part].view(-1, BYTES)
+        )
+        high = scratch(1, (count, 1), torch.int32, view.device).copy_(scales[part].view(-1, 1))
+        index |= high.bitwise_left_shift_(8)
+        in_place = rows.is_contiguous()
+        values = rows if in_place else scratch(2, rows.shape, rows.dtype, view.device)
+        torch.index_select(pairs, 0, index.view(-1), out=values.view(-1).view(torch.int32))
+        if not in_place:
+            rows.copy_(values)
+
+    spread(work, list(chunks(view, _DECODE_CHUNK)))
 
 
 @cache
@@ -62,21 +62,30 @@ def _pairs(device: torch.device) -> Tensor:
 
 def encode(view: Tensor, rule: Rule, hint: Tensor | None, blocks: Tensor, scales: Tensor) -> None:
     """Blocks and scales of ``view``; scale 255 and codes 0 where a block holds NaN or infinity."""
-    for part, rows in chunks(view, _CHUNK):
-        values = rows.reshape(-1, BLOCK)
+
+    def work(chunk: tuple[tuple[int, slice], Tensor]) -> None:
+        part, rows = chunk
         wanted = None if hint is None else hint[part].view(-1)
         made = blocks[part].view(-1, BYTES), scales[part].view(-1)
-        _encode(values, rule, wanted, *made)
+        x = (
+            rows
+            if rows.is_contiguous()
+            else scratch(3, rows.shape, rows.dtype, view.device).copy_(rows)
+        )
+        _encode(x.view(-1, BLOCK), rule, wanted, *made)
+
+    spread(work, list(chunks(view, _ENCODE_CHUNK)))
 
 
 def _encode(x: Tensor, rule: Rule, hint: Tensor | None, blocks: Tensor, scales: Tensor) -> None:
     """One chunk, ``[N, 32]``."""
     bits, fraction = (x.view(torch.int32), 23) if x.itemsize == 4 else (x.view(torch.int16), 7)
-    magnitude = bits & ((1 << (8 + fraction)) - 1)
+    spare = scratch(0, bits.shape, bits.dtype, bits.device)
+    magnitude = torch.bitwise_and(bits, (1 << (8 + fraction)) - 1, out=spare)
     amax = magnitude.amax(1)
     scale = _scale(amax, rule, fraction)
     codes = _codes(magnitude, scale.clamp_min(_SMALL + 1), fraction)
-    codes |= (bits >> (5 + fraction)) & 8
+    codes |= torch.bitwise_right_shift(bits, 5 + fraction, out=spare).bitwise_and_(8)
     _pack(codes, blocks)
     scales.copy_(scale)
     if hint is not None:
@@ -104,17 +113,18 @@ def _codes(magnitude: Tensor, scale: Tensor, fraction: int) -> Tensor:
 
     ``t`` counts from 0.25 at the block's scale, ``1 << fraction`` to each doubling. From 1.0 on
     (code 2) codes are half a doubling apart, so rounding ``t`` to that is rounding to nearest;
-    below there are only the thresholds 0.25 and 0.75.
+    below there are only the thresholds 0.25 and 0.75. ``magnitude`` is used up.
     """
     base = ((scale - 2) << fraction).to(magnitude.dtype)
-    t = magnitude - base[:, None]
+    like = (magnitude.shape, magnitude.dtype, magnitude.device)
+    t = torch.sub(magnitude, base[:, None], out=scratch(1, *like))
     step = fraction - 1
-    codes = (t >> step) & 1
+    codes = torch.bitwise_right_shift(t, step, out=scratch(2, *like)).bitwise_and_(1)
     codes += t
     codes += (1 << (step - 1)) - 1
     codes >>= step
     codes.clamp_(max=9).sub_(2)
-    small = (t - ((3 << step) - 1)).clamp_(0, 1)
+    small = torch.sub(t, (3 << step) - 1, out=magnitude).clamp_(0, 1)
     small += t.clamp_(0, 1)
     return torch.maximum(codes, small, out=codes)
 
@@ -122,7 +132,9 @@ def _codes(magnitude: Tensor, scale: Tensor, fraction: int) -> Tensor:
 def _pack(codes: Tensor, blocks: Tensor) -> None:
     """Codes ``[N, 32]`` -> bytes ``[N, 16]``; the two of a byte are neighbours in memory."""
     pairs = codes.view(torch.int32) if codes.itemsize == 2 else codes.view(torch.int64)
-    blocks.copy_(pairs | (pairs >> (4 * codes.itemsize * 2 - 4)))
+    high = scratch(0, pairs.shape, pairs.dtype, pairs.device)
+    torch.bitwise_right_shift(pairs, 8 * codes.itemsize - 4, out=high)
+    blocks.copy_(high.bitwise_or_(pairs))
 
 
 def _keep_hints(
