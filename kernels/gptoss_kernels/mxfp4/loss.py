@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gptoss_kernels.mxfp4 import table
 from gptoss_kernels.mxfp4.form import BLOCK, BYTES
-from gptoss_kernels.mxfp4.threads import scratch, spread
+from gptoss_kernels.mxfp4.threads import contiguous, scratch, spread
 from gptoss_kernels.mxfp4.views import chunks, four_dims
 
 _CHUNK = 16384  # blocks at a time, so that intermediate results stay in the cache
@@ -51,7 +51,7 @@ def loss(tensor: Tensor, blocks: Tensor, scales: Tensor) -> MXFP4Loss:
         part, rows = chunk
         back = scratch(4, rows.shape, torch.bfloat16, rows.device)
         table.decode(blocks[part][None], scales[part][None], back.view(1, -1, 1, view.shape[3]))
-        return _compare(rows.reshape(-1, BLOCK), back.view(-1, BLOCK))
+        return _compare(contiguous(rows).view(-1, BLOCK), back.view(-1, BLOCK))
 
     kept, largest, squares, power = zip(*spread(work, list(chunks(view, _CHUNK))), strict=True)
     count = scales.numel()

@@ -20,7 +20,7 @@ from gptoss_kernels.mxfp4.form import (
     SHIFTED,
     Rule,
 )
-from gptoss_kernels.mxfp4.threads import scratch, spread
+from gptoss_kernels.mxfp4.threads import contiguous, scratch, spread
 from gptoss_kernels.mxfp4.views import chunks
 
 _DECODE_CHUNK = 16384  # blocks at a time; index and result stay in the cache, and threads
@@ -30,7 +30,7 @@ _SMALL = 2  # up to this scale byte, elements may be subnormal: their bits are n
 
 def decode(blocks: Tensor, scales: Tensor, view: Tensor) -> None:
     """``view[e, a, b, :]`` from row ``a * B + b`` of expert ``e``; exact."""
-    pairs = _pairs(view.device)
+    both = pairs(view.device)
 
     def work(chunk: tuple[tuple[int, slice], Tensor]) -> None:
         part, rows = chunk
@@ -42,7 +42,7 @@ def decode(blocks: Tensor, scales: Tensor, view: Tensor) -> None:
         index |= high.bitwise_left_shift_(8)
         in_place = rows.is_contiguous()
         values = rows if in_place else scratch(2, rows.shape, rows.dtype, view.device)
-        torch.index_select(pairs, 0, index.view(-1), out=values.view(-1).view(torch.int32))
+        torch.index_select(both, 0, index.view(-1), out=values.view(-1).view(torch.int32))
         if not in_place:
             rows.copy_(values)
 
@@ -50,7 +50,7 @@ def decode(blocks: Tensor, scales: Tensor, view: Tensor) -> None:
 
 
 @cache
-def _pairs(device: torch.device) -> Tensor:
+def pairs(device: torch.device) -> Tensor:
     """int32 ``[65536]``: entry ``scale << 8 | byte`` holds the two bfloat16 values of the byte."""
     byte = torch.arange(256, dtype=torch.uint8)
     blocks = byte.view(1, BYTES, 1, BYTES).expand(256, -1, -1, -1)
@@ -67,12 +67,7 @@ def encode(view: Tensor, rule: Rule, hint: Tensor | None, blocks: Tensor, scales
         part, rows = chunk
         wanted = None if hint is None else hint[part].view(-1)
         made = blocks[part].view(-1, BYTES), scales[part].view(-1)
-        x = (
-            rows
-            if rows.is_contiguous()
-            else scratch(3, rows.shape, rows.dtype, view.device).copy_(rows)
-        )
-        _encode(x.view(-1, BLOCK), rule, wanted, *made)
+        _encode(contiguous(rows).view(-1, BLOCK), rule, wanted, *made)
 
     spread(work, list(chunks(view, _ENCODE_CHUNK)))
 
@@ -100,12 +95,13 @@ def _encode(x: Tensor, rule: Rule, hint: Tensor | None, blocks: Tensor, scales: 
 
 def _scale(amax: Tensor, rule: Rule, fraction: int) -> Tensor:
     """The rule of ``form.py``, from the bits of the largest magnitude: int32."""
-    carry = {
-        "even": 1 << (fraction - 2),  # m >= 1.75 carries into the exponent
-        "floor": 0,
-        "round_up": (1 << (fraction - 1)) - 1,  # m > 1.5 does
-    }[rule]
-    return (((amax.int() + carry) >> fraction) - 2).clamp_(0, LARGEST_SCALE)
+    return (((amax.int() + carry(rule, fraction)) >> fraction) - 2).clamp_(0, LARGEST_SCALE)
+
+
+def carry(rule: Rule, fraction: int) -> int:
+    """What to add to a magnitude's bits so that its exponent goes up where the rule says so."""
+    quarter = 1 << (fraction - 2)
+    return {"even": quarter, "floor": 0, "round_up": 2 * quarter - 1}[rule]
 
 
 def _codes(magnitude: Tensor, scale: Tensor, fraction: int) -> Tensor:

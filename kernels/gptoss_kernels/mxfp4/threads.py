@@ -65,3 +65,13 @@ def scratch(slot: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch
         slots[slot, device] = torch.empty(count, dtype=torch.uint8, device=device)
     memory: Tensor = slots[slot, device]
     return memory[:count].view(dtype).view(shape)
+
+
+def contiguous(rows: Tensor) -> Tensor:
+    """``rows`` as they are, or copied to scratch memory."""
+    if rows.is_contiguous():
+        return rows
+    if rows.stride(-1) != 1:  # first run along the memory, then turn around within the cache
+        across = rows.transpose(0, -1)
+        rows = scratch(8, across.shape, rows.dtype, rows.device).copy_(across).transpose(0, -1)
+    return scratch(9, rows.shape, rows.dtype, rows.device).copy_(rows)
