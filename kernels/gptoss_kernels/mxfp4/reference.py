@@ -11,6 +11,7 @@ from gptoss_kernels.mxfp4.form import (
     LARGEST_SCALE,
     MAGNITUDES,
     MIDPOINTS,
+    NAN_BITS,
     NAN_SCALE,
     Rule,
 )
@@ -25,8 +26,9 @@ def decode(blocks: Tensor, scales: Tensor, view: Tensor) -> None:
         codes = _unpack(blocks[part].reshape(-1, BLOCK // 2))
         factor = scales[part].reshape(-1, 1)
         values = _signed(_table(codes.device)[codes & 7], codes >> 3) * _power(factor)
-        values = torch.where(factor == NAN_SCALE, torch.nan, values)
-        rows.copy_(values.to(torch.bfloat16).view(rows.shape))
+        made = values.to(torch.bfloat16)
+        made[scales[part].reshape(-1) == NAN_SCALE] = _nan(view.device)
+        rows.copy_(made.view(rows.shape))
 
 
 def encode(view: Tensor, rule: Rule, hint: Tensor | None, blocks: Tensor, scales: Tensor) -> None:
@@ -64,7 +66,7 @@ def _on_grid(x: Tensor, scale: Tensor) -> Tensor:
 def _nearest(magnitude: Tensor) -> Tensor:
     """The code of the nearest E2M1 magnitude, ties to the even code."""
     midpoints = torch.tensor(MIDPOINTS, dtype=torch.float64, device=magnitude.device)
-    below = torch.searchsorted(midpoints, magnitude)  # a tie counts as below
+    below = torch.searchsorted(midpoints, magnitude.contiguous())  # a tie counts as below
     tie = (magnitude[..., None] == midpoints).any(-1)
     return below + (tie & (below % 2 == 1)).long()
 
@@ -76,6 +78,11 @@ def _power(scale: Tensor) -> Tensor:
 
 def _signed(magnitude: Tensor, negative: Tensor) -> Tensor:
     return torch.where(negative.bool(), -magnitude, magnitude)
+
+
+def _nan(device: torch.device) -> Tensor:
+    """Its bits spelled out: what torch makes of a float64 NaN differs from place to place."""
+    return torch.tensor(NAN_BITS, dtype=torch.int16, device=device).view(torch.bfloat16)
 
 
 def _table(device: torch.device) -> Tensor:
