@@ -139,9 +139,11 @@ def find_hints(
 
     """
     origin = source if scales_from is None else open_source(scales_from, registry=registry)
-    found = getattr(origin, "hints", None)
+    found = origin.hints(codec.name) if hasattr(origin, "hints") else None
+    if found is origin and not codec.matches(origin.config or {}):
+        found = None
     if found and codec.hints and any(name.endswith(codec.hints) for name in found.specs()):
-        return found  # type: ignore[no-any-return]
+        return found
     if scales_from is None:
         return None
     what = " or ".join(codec.hints) or "scales"

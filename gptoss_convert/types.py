@@ -186,9 +186,8 @@ class TensorSource(Protocol):
     def megatron_config(self) -> Config | None:
         """Megatron's fields, where the checkpoint carries them and no Hugging Face config."""
 
-    @property
-    def hints(self) -> TensorSource | None:
-        """Where a codec's hints can be read by their stored names, if the checkpoint has any."""
+    def hints(self, codec: str) -> TensorSource | None:
+        """Where the hints of a codec can be read by their stored names, if they may be here."""
 
     @property
     def files(self) -> Mapping[str, Path]:

@@ -58,9 +58,8 @@ class SafetensorsSource:
         self._readers: dict[str, BlockReader] = {}
         self._opening = threading.Lock()
 
-    @property
-    def hints(self) -> TensorSource:
-        """Its own: parts of quantized tensors are stored under their names."""
+    def hints(self, codec: str) -> TensorSource | None:
+        """Its own parts: the config says which codec they are of."""
         return self
 
     def describe(self) -> Mapping[str, Any]:
@@ -137,8 +136,6 @@ class HuggingFaceSource(SafetensorsSource):
 
     def describe(self) -> Mapping[str, Any]:
         """Shards, the declared quantization, companions."""
-        quantization = (self.config or {}).get("quantization_config")
-        method = (
-            quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        )
+        declared = (self.config or {}).get("quantization_config")
+        method = declared.get("quant_method") if isinstance(declared, dict) else declared
         return {**super().describe(), "quantization": method, "companions": sorted(self.files)}

@@ -67,12 +67,10 @@ class TorchDistSource:
         """Hugging Face companions that the import carried along."""
         return companions(self.iteration)
 
-    @property
-    def hints(self) -> TensorSource | None:
+    def hints(self, codec: str) -> TensorSource | None:
         """Parts of the quantized checkpoint this was imported from, if the import kept them."""
-        folder = self.iteration / QUANTIZATION
-        files = sorted(folder.glob("*.safetensors"))
-        return SafetensorsSource(folder, [read_header(file) for file in files]) if files else None
+        file = self.iteration / QUANTIZATION / f"{codec}.safetensors"
+        return SafetensorsSource(file.parent, [read_header(file)]) if file.is_file() else None
 
     @property
     def config(self) -> Config | None:
