@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +45,7 @@ __all__ = [
     "prepare_import",
 ]
 log = logging.getLogger("gptoss_convert")
+EXPORTED = ("BF16", "F16", "F32")
 
 
 def prepare_import(
@@ -157,21 +159,30 @@ def target_form(name: str | None, registry: Registry) -> tuple[Codec | None, str
         UsageError: it is neither.
 
     """
-    writing = {n: codec for n, codec in registry.codecs().items() if codec.writes}
+    if name is None:
+        return None, None
+    writing = writing_codecs(registry)
     if name in writing:
         return writing[name], None
-    try:
-        return None, name and torch_name(from_torch_name(name))
-    except UsageError:
-        raise UsageError(
-            f"{name!r} is neither an element type (bfloat16, float16, float32) nor a codec that "
-            f"can write ({', '.join(sorted(writing)) or 'there is none'})"
-        ) from None
+    with contextlib.suppress(UsageError):
+        if (dtype := from_torch_name(name)) in EXPORTED:
+            return None, torch_name(dtype)
+    raise UsageError(
+        f"--export-dtype {name!r} is neither an element type (bfloat16, float16, float32) nor a "
+        f"codec that can write ({' or '.join(writing) or 'there is none'})"
+    )
+
+
+def writing_codecs(registry: Registry) -> dict[str, Codec]:
+    """The codecs that can encode, by name."""
+    return {name: codec for name, codec in sorted(registry.codecs().items()) if codec.writes}
 
 
 def source_codec(config: Config, registry: Registry, choice: Choice) -> Codec | None:
     """The codec of a source, with the user's options."""
     codec = registry.codec_for(config, choice.codec)
+    if codec is None and choice.options:
+        log.warning("the source is not quantized, so the options for its codec are not used")
     return codec and bind(codec, choice.options)
 
 
@@ -225,8 +236,11 @@ def prepare(
         encoding = Encoding(
             bind(encode_as, choice.options), choice.options, hints.specs() if hints else {}
         )
-    elif scales_from is not None:
-        raise UsageError("scales serve to encode; say what to encode to with --export-dtype")
+    elif scales_from is not None or (choice.options and codec is None and direction == "export"):
+        raise UsageError(
+            "scales and a codec's options serve to encode, and nothing is to be encoded; say what "
+            "to encode to, as in --export-dtype mxfp4"
+        )
     plan = make_plan(
         direction,
         source.specs(),

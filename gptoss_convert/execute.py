@@ -184,9 +184,8 @@ class Executor:
 
         todo: list[Group] = []
         for group in self._sink.groups:
-            if self._sink.done(group):
+            if self._sink.done(group) and self._recall(group):
                 self._progress(group.nbytes)
-                self._recall(group)
             else:
                 todo.append(group)
         before = torch.get_num_threads()
@@ -232,9 +231,17 @@ class Executor:
         if losses and self._notes:
             save(self._note_of(group), losses)
 
-    def _recall(self, group: Group) -> None:
-        if self._notes and (path := self._note_of(group)).exists():
-            self.losses |= load(path)
+    def _recall(self, group: Group) -> bool:
+        """Take up the losses of a finished group; False if they are gone, so that it is done again.
+
+        They are removed just before the folder is put in place, and a run can end in between.
+        """
+        if not any(output.codec for step in group.steps for output in step.outputs):
+            return True
+        if self._notes is None or not (path := self._note_of(group)).exists():
+            return False
+        self.losses |= load(path)
+        return True
 
     def _note_of(self, group: Group) -> Path:
         assert self._notes is not None

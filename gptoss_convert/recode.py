@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gptoss_convert.convert import prepare, source_codec, target_form
-from gptoss_convert.errors import CheckpointError
+from gptoss_convert.convert import prepare, source_codec, writing_codecs
+from gptoss_convert.errors import CheckpointError, UsageError
 from gptoss_convert.opening import Choice, open_source, own_config
 from gptoss_convert.registry import Registry, default_registry
 
@@ -41,9 +41,12 @@ def prepare_quantize(
     registry, choice = registry or default_registry(), choice or Choice()
     source = open_source(hf_model, "hf", registry=registry, choice=choice, revision=revision)
     config = own_config(source)
-    target, _ = target_form(codec, registry)
+    target = writing_codecs(registry).get(codec)
+    if target is None:
+        can = " or ".join(writing_codecs(registry)) or "there is none"
+        raise UsageError(f"--codec {codec}: is no codec that can write; choose {can}")
     before = registry.codec_for(config)
-    if target is None or (before and before.name == target.name):
+    if before and before.name == target.name:
         raise CheckpointError(f"{hf_model}: is {codec} already; there is nothing to quantize")
     return prepare(
         "quantize",

@@ -141,11 +141,13 @@ def encode(
     except mxfp4.NonFiniteError as error:
         expert, *place, group = error.block
         row = _row(place, natural.shape[1:-1])
+        saturating = on_nonfinite == "saturate"
+        what = "NaN" if saturating else "NaN or infinity"
+        way_out = "nan" if saturating else "nan or saturate"
         raise EncodeError(
             expert,
-            f"output {row}, inputs {group * BLOCK} to {group * BLOCK + BLOCK - 1} hold NaN or "
-            f"infinity, which MXFP4 cannot; mend the checkpoint, or say --on-nonfinite nan or "
-            f"saturate",
+            f"output {row}, inputs {group * BLOCK} to {group * BLOCK + BLOCK - 1} hold "
+            f"{what}, which MXFP4 cannot; mend the checkpoint, or say --on-nonfinite {way_out}",
         ) from None
     shape = (len(tensor), -1, groups[-1])
     return made.blocks.cpu().view(*shape, BYTES), made.scales.cpu().view(shape)

@@ -1,9 +1,8 @@
-"""Llama for gptoss-convert: a model family, an int8 codec, and a command that uses it."""
+"""Llama for gptoss-convert: a model family, an int8 codec, and a command."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,10 +19,10 @@ from gptoss_convert import (
     TensorSpec,
     hookimpl,
 )
-from gptoss_convert.errors import ConfigError
+from gptoss_convert.errors import ConfigError, EncodeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -40,6 +39,7 @@ def gptoss_convert_models() -> Iterator[ModelFamily]:
         megatron_config=megatron_config,
         hf_config=hf_config,
         fields=dict.fromkeys(REQUIRED, int),
+        unquantized=("model.embed_tokens", "lm_head"),
     )
 
 
@@ -58,17 +58,18 @@ def rules(config: Config) -> Iterator[Rule]:
         att + "k_proj.weight": (kv, H),
         att + "v_proj.weight": (kv, H),
     }
+    o_proj, down = {att + "o_proj.weight": (H, q)}, {mlp + "down_proj.weight": (H, I)}
     gate_up = {mlp + "gate_proj.weight": (I, H), mlp + "up_proj.weight": (I, H)}
 
     yield Rule(
         {"model.embed_tokens.weight": (V, H)}, "embedding.word_embeddings.weight", vocab, column
     )
     yield Rule({norm_1: (H,)}, to_att + "linear_qkv.layer_norm_weight")
-    yield Rule(qkv, to_att + "linear_qkv.weight", QKV(heads, groups, D), column)
-    yield Rule({att + "o_proj.weight": (H, q)}, to_att + "linear_proj.weight", shard=row)
+    yield Rule(qkv, to_att + "linear_qkv.weight", QKV(heads, groups, D), column, quantizable=True)
+    yield Rule(o_proj, to_att + "linear_proj.weight", shard=row, quantizable=True)
     yield Rule({norm_2: (H,)}, to_mlp + "linear_fc1.layer_norm_weight")
-    yield Rule(gate_up, to_mlp + "linear_fc1.weight", Concat(2), Shard.GATED)
-    yield Rule({mlp + "down_proj.weight": (H, I)}, to_mlp + "linear_fc2.weight", shard=row)
+    yield Rule(gate_up, to_mlp + "linear_fc1.weight", Concat(2), Shard.GATED, quantizable=True)
+    yield Rule(down, to_mlp + "linear_fc2.weight", shard=row, quantizable=True)
     yield Rule({"model.norm.weight": (H,)}, "decoder.final_layernorm.weight")
     if c["tie_word_embeddings"]:
         yield Rule({"lm_head.weight": (V, H)}, "", Drop("the embedding serves in its place"))
@@ -139,18 +140,24 @@ def settled(config: Config) -> dict[str, Any]:
     return absent | {name: value for name, value in config.items() if value is not None}
 
 
-CODEC, SUFFIXES = "int8-rowwise", ("_int8", "_scale")
+CODEC = "int8-rowwise"
 
 
 @hookimpl
 def gptoss_convert_codecs() -> Iterator[Codec]:
     """Matrices as int8 [out, in] and one float32 scale per row [out, 1]."""
-    yield Codec(CODEC, SUFFIXES, matches, spec, decode, encode)
+    suffixes = ("_int8", "_scale")
+    yield Codec(CODEC, suffixes, matches, spec, decode, encode, parts=parts, declare=declare)
 
 
 def matches(config: Config) -> bool:
     """``quantization_config.quant_method`` is ``int8-rowwise``."""
     return (config.get("quantization_config") or {}).get("quant_method") == CODEC
+
+
+def declare(unquantized: Sequence[str]) -> Mapping[str, Any]:
+    """What :func:`matches` looks for."""
+    return {"quant_method": CODEC, "modules_to_not_convert": list(unquantized)}
 
 
 def spec(parts: Sequence[TensorSpec]) -> TensorSpec:
@@ -159,6 +166,13 @@ def spec(parts: Sequence[TensorSpec]) -> TensorSpec:
     if (rows.dtype, scale.dtype) != ("I8", "F32") or scale.shape != (*rows.shape[:-1], 1):
         raise ValueError(f"{rows} and {scale} are not I8 [out, in] and F32 [out, 1]")
     return TensorSpec(rows.shape, "BF16")
+
+
+def parts(logical: TensorSpec) -> tuple[TensorSpec, TensorSpec]:
+    """The inverse of :func:`spec`."""
+    if len(logical.shape) != 2:
+        raise ValueError(f"{CODEC} is for matrices, not {list(logical.shape)}")
+    return TensorSpec(logical.shape, "I8"), TensorSpec((logical.shape[0], 1), "F32")
 
 
 def decode(parts: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
@@ -171,43 +185,33 @@ def decode(parts: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
     return torch.mul(rows, scale, out=out.view(rows.shape))
 
 
-def encode(tensor: Tensor) -> tuple[Tensor, Tensor]:
+def encode(tensor: Tensor, hints: Any = None, out: Any = None) -> tuple[Tensor, Tensor]:
     """The nearest int8 values. Scales are powers of two, so decoding loses nothing more."""
     import torch
 
-    exponent = tensor.float().abs().amax(-1, keepdim=True).frexp().exponent
-    scale = 2.0 ** (exponent - 7)  # the largest value of a row becomes 64 to 127
-    return (tensor.float() / scale).round().clamp(-127, 127).to(torch.int8), scale
+    rows = tensor.float().flatten(1)
+    largest = rows.abs().amax(1, keepdim=True)
+    if not largest.isfinite().all():
+        row = int(largest.isfinite().logical_not().nonzero()[0, 0])
+        raise EncodeError(row, "holds NaN or infinity, which int8 cannot; mend the checkpoint")
+    scale = 2.0 ** (largest.frexp().exponent - 7)  # the largest value of a row becomes 64 to 127
+    return (rows / scale).round().clamp(-127, 127).to(torch.int8), scale
 
 
 @hookimpl
 def gptoss_convert_commands() -> Iterator[click.Command]:
-    """One command, ``gptoss-convert llama-int8``."""
-    yield llama_int8
+    """One command, ``gptoss-convert layers``."""
+    yield layers
 
 
-@click.command("llama-int8")
+@click.command()
 @click.option("--hf-model", metavar="DIR|ID", required=True, help="Hugging Face folder or hub id.")
-@click.option("--hf-path", type=click.Path(path_type=Path), required=True, help="Folder to write.")
-def llama_int8(hf_model: str, hf_path: Path) -> None:
-    """Store the layers' matrices in int8, with a scale for every row."""
-    from safetensors.torch import save_file
+def layers(hf_model: str) -> None:
+    """Print how many parameters each layer of a model has."""
+    from gptoss_convert.convert import prepare_import
 
-    from gptoss_convert.convert import open_source
-
-    source = open_source(hf_model, "hf")
-    if source.config is None:
-        raise ConfigError(f"{hf_model}: has no config.json; fetch the whole checkpoint")
-    stored = {name: source.read(name) for name in source.specs()}
-    for name in [n for n in stored if n.endswith("_proj.weight")]:
-        parts = encode(stored.pop(name))
-        stored.update((name + suffix, part) for suffix, part in zip(SUFFIXES, parts, strict=True))
-    hf_path.mkdir(parents=True)
-    save_file(stored, hf_path / "model.safetensors")
-    for name, file in source.files.items():  # tokenizer and the like
-        copy = hf_path / name
-        copy.parent.mkdir(exist_ok=True)
-        copy.write_bytes(file.read_bytes())
-    config = {**source.config, "quantization_config": {"quant_method": CODEC}}
-    (hf_path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    click.echo(f"{hf_path}: {len(stored)} tensors")
+    parameters: Counter[int | None] = Counter()
+    for step in prepare_import(hf_model, headers_only=True).plan.steps:
+        parameters[step.layer] += sum(tensor.spec.numel for tensor in step.inputs)
+    for layer, count in parameters.items():
+        click.echo(f"{'outside' if layer is None else f'layer {layer}':10} {count:,}")

@@ -61,19 +61,25 @@ def loss(tensor: Tensor, blocks: Tensor, scales: Tensor) -> MXFP4Loss:
 def _compare(value: Tensor, back: Tensor) -> tuple[int, float, float, float]:
     """How many blocks ``[N, 32]`` are equal; largest error, sums of squared errors and values."""
     wide = scratch(5, value.shape, torch.float32, value.device).copy_(value)
-    again = scratch(6, value.shape, torch.float32, value.device).copy_(back)
-    pair = (value, back) if value.dtype == back.dtype else (wide, again)
-    left, right = (tensor.view(torch.int64) for tensor in pair)
-    bits = scratch(7, left.shape, torch.int64, value.device)
-    low, high = torch.bitwise_xor(left, right, out=bits).aminmax()  # "==" is far slower in torch
     power = float(torch.dot(wide.view(-1), wide.view(-1)))
-    if not math.isfinite(power):  # NaN, infinity, or values beyond the square root of the largest
+    half = value.dtype == back.dtype
+    left, right = (value, back) if half else (wide, scratch(6, *_like(wide)).copy_(back))
+    bits = scratch(7, *_like(left.view(torch.int64)))
+    torch.bitwise_xor(left.view(torch.int64), right.view(torch.int64), out=bits)
+    low, high = bits.aminmax()  # "==" is far slower in torch
+    within = 1e-30 < power < math.inf  # squares that float32 holds, and no NaN or infinity
+    if not (low or high) and within:
+        return len(value), 0.0, 0.0, power
+    same = (bits.amax(1) == 0) & (bits.amin(1) == 0)
+    again = scratch(6, *_like(wide)).copy_(back)
+    if not within:
         finite = wide.isfinite() & again.isfinite()
         wide, again = (torch.where(finite, tensor, 0).double() for tensor in (wide, again))
         power = float(wide.square().sum())
-    if not (low or high):
-        return len(value), 0.0, 0.0, power
-    same = (bits.amax(1) == 0) & (bits.amin(1) == 0)
     error = again.sub_(wide)
     least, most = map(float, error.aminmax())
     return int(same.sum()), max(-least, most), float(error.square_().sum()), power
+
+
+def _like(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device

@@ -23,9 +23,10 @@ from gptoss_kernels.mxfp4.form import BLOCK, LARGEST_SCALE, NAN_BITS, NAN_SCALE,
 if TYPE_CHECKING:
     from torch import Tensor
 
-_WORDS = 4  # int32 words in a block, of 8 codes each
+# By layout: rows of a tile, words (or blocks) along K, warps.
+_DECODE_SHARE = {"whole": (1, 256, 8), "rows": (1, 256, 8), "tiles": (64, 16, 4)}
+_ENCODE_SHARE = {"whole": (1, 64, 2), "rows": (1, 64, 2), "tiles": (64, 2, 4)}
 
-_BLOCK = tl.constexpr(BLOCK)
 _LARGEST_SCALE = tl.constexpr(LARGEST_SCALE)
 _NAN_SCALE = tl.constexpr(NAN_SCALE)
 _NAN = tl.constexpr(NAN_BITS << 16)
@@ -35,54 +36,46 @@ _UP = tl.constexpr(2.0**126)
 _DOWN = tl.constexpr(2.0**-126)
 _CODE = tl.constexpr(22)  # where the code of a number times 2**-126 starts
 _FARTHEST = tl.constexpr(len(SHIFTED) - 1)
-_STICKY = tl.constexpr(12)  # float32 fraction bits that only count as "not zero"
+_FRACTION = tl.constexpr((1 << 22) - 1)  # what is below it
+_HALF = tl.constexpr((1 << 21) - 1)  # added to that: a half less the least
+_REST = tl.constexpr((1 << 12) - 1)  # fraction bits of a float32 that count as "and more" only
 
 
 def decode(blocks: Tensor, scales: Tensor, view: Tensor) -> None:
     """``view[e, a, b, :]`` from row ``a * B + b`` of expert ``e``; exact."""
     view = _simplest(view)
-    packed = (_aligned(blocks).view(torch.int32), scales, view.view(torch.int16))
-    experts, outer, inner, width = view.shape
-    e, a, b, k = view.stride()
-    row = width // 8  # words
+    layout = _layout(view)
+    tall, wide, warps = _DECODE_SHARE[layout]
+    programs, shape = _shape(view, 8, layout, tall, wide)
+    packed = _aligned(blocks).view(torch.int32), scales
     with torch.cuda.device_of(view):
-        if k == 1:
-            n = 256
-            tiles = triton.cdiv(outer * inner * row, n)
-            shape = (outer * inner * row, tiles, e, a, b, row, inner, view.is_contiguous())
-            _decode_rows[experts * tiles,](*packed, *shape, n, num_warps=8)
-        else:
-            tall, wide = 64, 16
-            grid = (triton.cdiv(outer, tall), triton.cdiv(row, wide), inner * experts)
-            shape = (outer, e, a, b, k, row, inner)
-            _decode_tiles[_flat(grid)](*packed, *grid[:2], *shape, tall, wide, num_warps=4)
+        _decode[programs,](
+            *packed, view.view(torch.int16), *shape, layout, tall, wide, num_warps=warps
+        )
 
 
 def encode(view: Tensor, rule: Rule, hint: Tensor | None, blocks: Tensor, scales: Tensor) -> None:
     """Blocks and scales of ``view``; scale 255 and codes 0 where a block holds NaN or infinity."""
     view = _simplest(view)
+    layout, pairs, long = _layout(view), _has_pairs(view), view.itemsize == 4
+    tall, wide, warps = _ENCODE_SHARE[layout]
+    bits = view.view(torch.int32 if pairs or long else torch.int16)
+    programs, shape = _shape(bits, BLOCK // 2 if pairs else BLOCK, layout, tall, wide)
     made = _aligned(blocks)
-    packed = (made.view(torch.int32), scales, scales if hint is None else hint)
-    choice = (table.carry(rule, 23), hint is not None)
-    experts, outer, inner, width = view.shape
-    row = width // BLOCK  # blocks
+    data = bits, table.carry(rule, 23), scales if hint is None else hint
+    flags = hint is not None, pairs, long
     with torch.cuda.device_of(view):
-        if _in_pairs(view):
-            pairs = view.view(torch.int32)
-            n = 64
-            tiles = triton.cdiv(outer * inner * row, n)
-            shape = (outer * inner * row, tiles, *pairs.stride()[:3], row, inner)
-            whole = view.is_contiguous()
-            _encode_rows[experts * tiles,](pairs, *packed, *shape, whole, *choice, n, num_warps=2)
-        else:
-            tall, wide = 64, 2
-            grid = (triton.cdiv(outer, tall), triton.cdiv(row, wide), inner * experts)
-            shape = (outer, *view.stride(), row, inner)
-            bits = view.view(torch.int16 if view.itemsize == 2 else torch.int32)
-            tile = (tall, wide)
-            _encode_tiles[_flat(grid)](
-                bits, *packed, *grid[:2], *shape, *choice, view.itemsize == 4, *tile, num_warps=4
-            )
+        _encode[programs,](
+            *data,
+            made.view(torch.int32),
+            scales,
+            *shape,
+            layout,
+            tall,
+            wide,
+            *flags,
+            num_warps=warps,
+        )
     if made is not blocks:
         blocks.copy_(made)
 
@@ -96,20 +89,41 @@ def _simplest(view: Tensor) -> Tensor:
     return view
 
 
+def _layout(view: Tensor) -> str:
+    """How programs share the work.
+
+    Returns:
+        "whole": each takes a run of blocks in stored order, all of the view being in that order;
+        "rows": likewise, but rows are where the strides say;
+        "tiles": each takes a tile of rows by K, which the compiler turns around if it has to.
+
+    """
+    if view.is_contiguous():
+        return "whole"
+    return "rows" if view.stride(3) == 1 else "tiles"
+
+
+def _shape(view: Tensor, size: int, layout: str, tall: int, wide: int) -> tuple[int, list[int]]:
+    """The number of programs, and the arguments of ``_units`` from ``outer`` to ``INNER``."""
+    experts, outer, inner, width = view.shape
+    row = width // size
+    if layout == "tiles":
+        programs = experts * inner * triton.cdiv(outer, tall) * triton.cdiv(row, wide)
+    else:
+        programs = experts * triton.cdiv(outer * inner * row, wide)
+    return programs, [outer, *view.stride(), row, inner]
+
+
 def _aligned(blocks: Tensor) -> Tensor:
     """Blocks at an address that words can be read from; a copy in the rare case."""
-    return blocks.clone() if (blocks.data_ptr() | blocks.storage_offset()) % 4 else blocks
+    odd = blocks.data_ptr() % 4 or blocks.storage_offset() % 4
+    return blocks.clone() if odd else blocks
 
 
-def _in_pairs(view: Tensor) -> bool:
+def _has_pairs(view: Tensor) -> bool:
     """Whether two bfloat16 neighbours along K can be read as a word."""
     even = all(step % 2 == 0 for step in (*view.stride()[:3], view.storage_offset()))
     return view.itemsize == 2 and view.stride(3) == 1 and even and view.data_ptr() % 4 == 0
-
-
-def _flat(grid: tuple[int, int, int]) -> tuple[int]:
-    """As one dimension: the others are limited to 65535."""
-    return (grid[0] * grid[1] * grid[2],)
 
 
 # --- numbers ---------------------------------------------------------------------------------------
@@ -140,7 +154,7 @@ def _value(words: Any, at: tl.constexpr, factor: Any, keep: Any, nan: Any) -> An
 
 @triton.jit
 def _values(words: Any, scale: Any) -> Any:
-    """Words ``[..., n]`` and scale bytes that belong to them -> bfloat16 bits ``[..., n, 8]``."""
+    """Words ``[..., n]`` and scale bytes that belong to them -> bfloat16 bits ``[..., n, 2, 2, 2]``."""
     factor = _power(scale)
     keep = tl.where(scale == _NAN_SCALE, 0, -1)  # a device's own NaN may be another
     nan = tl.where(scale == _NAN_SCALE, _NAN, 0)
@@ -167,15 +181,13 @@ def _scaled(magnitude: Any, scale: Any) -> Any:
 @triton.jit
 def _nearest(scaled: Any, bits: Any) -> Any:
     """Codes, ties to even, with the sign of ``bits``."""
-    half = (1 << (_CODE - 1)) - 1
-    rounded = (scaled + half + ((scaled >> _CODE) & 1)) >> _CODE
+    rounded = (scaled + _HALF + ((scaled >> _CODE) & 1)) >> _CODE
     return tl.minimum(rounded, 7) | ((bits >> 28) & 8)
 
 
 @triton.jit
 def _off_grid(scaled: Any, magnitude: Any) -> Any:
-    fraction = scaled & ((1 << _CODE) - 1)
-    return (fraction != 0) | ((scaled == 0) & (magnitude != 0))
+    return ((scaled & _FRACTION) != 0) | ((scaled == 0) & (magnitude != 0))
 
 
 @triton.jit
@@ -188,10 +200,10 @@ def _most(x: Any) -> Any:
 def _quantized(
     even: Any, odd: Any, hint: Any, carry: Any, HINTED: tl.constexpr, LONG: tl.constexpr
 ) -> Any:
-    """Float32 bits of a block's even and odd elements -> its words and its scale.
+    """Float32 bits of a block's even and odd elements -> its bytes and its scale.
 
     Args:
-        even: ``[..., 4, 4]``: the words of a block, the bytes of a word.
+        even: ``[..., 4, 4]``.
         odd: likewise.
         hint: ``[..., 1, 1]``.
         carry: the rule, as what makes its ``m`` overflow into the exponent.
@@ -199,14 +211,13 @@ def _quantized(
         LONG: whether fractions are longer than bfloat16's.
 
     Returns:
-        int32 ``[..., 4]`` and ``[..., 1, 1]``.
+        int32 ``[..., 4, 4]`` and ``[..., 1, 1]``.
 
     """
     low, high = even & _MAGNITUDE, odd & _MAGNITUDE
     if LONG:  # 24 bits do not fit a subnormal, 12 do; the last says "and more", and breaks ties
-        rest = (1 << _STICKY) - 1
-        low = (low | ((low & rest) + rest)) & ~rest
-        high = (high | ((high & rest) + rest)) & ~rest
+        low = (low | ((low & _REST) + _REST)) & ~_REST
+        high = (high | ((high & _REST) + _REST)) & ~_REST
     largest = _most(tl.maximum(low, high))
     largest = tl.minimum(largest, _INFINITY)
     scale = ((largest + carry) >> 23) - 2
@@ -222,156 +233,110 @@ def _quantized(
     codes = _nearest(_scaled(low, scale), even) | (_nearest(_scaled(high, scale), odd) << 4)
     codes = tl.where(largest == _INFINITY, 0, codes)
     scale = tl.where(largest == _INFINITY, _NAN_SCALE, scale)
-    return tl.sum(codes << (8 * tl.arange(0, 4)), -1), scale
+    return codes, scale
 
 
-# --- runs of blocks, where K is contiguous ---------------------------------------------------------
+# --- kernels ---------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _run(
-    units: Any,
-    tiles: Any,
+def _units(
+    outer: Any,
     e_step: Any,
     a_step: Any,
     b_step: Any,
+    k_step: Any,
     ROW: tl.constexpr,
     INNER: tl.constexpr,
-    WHOLE: tl.constexpr,
     SIZE: tl.constexpr,
-    N: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    TALL: tl.constexpr,
+    WIDE: tl.constexpr,
 ) -> Any:
-    """The ``N`` units (words or blocks) of a program.
+    """The units (words or blocks) of a program.
 
     Args:
-        units: of one expert.
-        tiles: programs for one expert.
-        e_step: stride of E in the view, and likewise for A and B.
+        outer: the size of A, and the strides of the view.
+        e_step: see there.
         a_step: see there.
         b_step: see there.
+        k_step: see there.
         ROW: units in a row.
         INNER: the size of B.
-        WHOLE: whether the view is contiguous.
         SIZE: elements of the view in a unit.
-        N: how many.
+        LAYOUT: see ``_layout``.
+        TALL: rows of a tile, all of one b; 1 in a run.
+        WIDE: units of each.
 
     Returns:
-        their places in stored order and in the view, and which of them exist.
+        ``[TALL, WIDE]``: places in stored order, first places in the view, and which units exist.
 
     """
-    expert = (tl.program_id(0) // tiles).to(tl.int64)
-    start = (tl.program_id(0) % tiles).to(tl.int64) * N
-    unit = start + tl.arange(0, N)
-    place = expert * units + unit
-    if WHOLE:
-        offset = place * SIZE
-    else:  # the division by lane is one of 32 bits, by a constant: those by program are cheap
-        first = start // ROW
-        column = (start - first * ROW).to(tl.int32) + tl.arange(0, N)
-        row = first.to(tl.int32) + column // ROW
-        offset = expert * e_step + (row // INNER).to(tl.int64) * a_step
-        offset += (row % INNER).to(tl.int64) * b_step + (column % ROW) * SIZE
-    return place, offset, unit < units
+    pid = tl.program_id(0)
+    if LAYOUT == "tiles":  # those along A follow each other, as they share pages of memory
+        tiles = (outer + TALL - 1) // TALL
+        across = (ROW + WIDE - 1) // WIDE
+        a = (pid % tiles * TALL + tl.arange(0, TALL))[:, None]
+        unit = (pid // tiles % across * WIDE + tl.arange(0, WIDE))[None, :]
+        rest = pid // tiles // across
+        e, b = (rest // INNER).to(tl.int64), (rest % INNER).to(tl.int64)
+        place = ((e * outer + a) * INNER + b) * ROW + unit
+        offset = e * e_step + b * b_step + a.to(tl.int64) * a_step
+        offset += unit.to(tl.int64) * (SIZE * k_step)
+        mask = (a < outer) & (unit < ROW)
+    else:
+        units = tl.cast(outer, tl.int64) * (INNER * ROW)
+        runs = ((units + WIDE - 1) // WIDE).to(tl.int32)
+        e = (pid // runs).to(tl.int64)
+        start = (pid % runs).to(tl.int64) * WIDE
+        lane = tl.arange(0, WIDE)[None, :]
+        mask = start + lane < units
+        place = e * units + start + lane
+        if LAYOUT == "whole":
+            offset = place * SIZE
+        else:  # long division by program; by lane only one of 32 bits, by a constant
+            first = start // ROW
+            column = (start - first * ROW).to(tl.int32) + lane
+            row = first.to(tl.int32) + column // ROW
+            offset = e * e_step + (row // INNER).to(tl.int64) * a_step
+            offset += (row % INNER).to(tl.int64) * b_step + column % ROW * SIZE
+    return place, offset, mask
 
 
 @triton.jit
-def _decode_rows(
+def _decode(
     blocks: Any,
     scales: Any,
     view: Any,
-    units: Any,
-    tiles: Any,
+    outer: Any,
     e_step: Any,
     a_step: Any,
     b_step: Any,
+    k_step: Any,
     ROW: tl.constexpr,
     INNER: tl.constexpr,
-    WHOLE: tl.constexpr,
-    N: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    TALL: tl.constexpr,
+    WIDE: tl.constexpr,
 ) -> None:
     """A word to a lane: 4 bytes in, and 16 out, the widest store there is."""
-    place, offset, mask = _run(units, tiles, e_step, a_step, b_step, ROW, INNER, WHOLE, 8, N)
+    place, offset, mask = _units(
+        outer, e_step, a_step, b_step, k_step, ROW, INNER, 8, LAYOUT, TALL, WIDE
+    )
     words = tl.load(blocks + place, mask, 0)
-    scale = tl.load(scales + place // 4, mask, 0).to(tl.int32)
-    values = tl.reshape(_values(words, scale), (N, 8))
-    tl.store(view + (offset[:, None] + tl.arange(0, 8)), values, mask[:, None])
+    scale = tl.load(scales + (place >> 2), mask, 0).to(tl.int32)
+    values = tl.reshape(_values(words, scale), (TALL, WIDE, 8))
+    at = offset[:, :, None] + tl.arange(0, 8).to(tl.int64) * k_step
+    tl.store(view + at, values, mask[:, :, None])
 
 
 @triton.jit
-def _encode_rows(
+def _encode(
     view: Any,
-    blocks: Any,
-    scales: Any,
-    hint: Any,
-    units: Any,
-    tiles: Any,
-    e_step: Any,
-    a_step: Any,
-    b_step: Any,
-    ROW: tl.constexpr,
-    INNER: tl.constexpr,
-    WHOLE: tl.constexpr,
     carry: Any,
-    HINTED: tl.constexpr,
-    N: tl.constexpr,
-) -> None:
-    """A view of pairs of bfloat16; 4 pairs to a lane are 16 bytes in, and 4 out."""
-    place, offset, mask = _run(units, tiles, e_step, a_step, b_step, ROW, INNER, WHOLE, 16, N)
-    at = offset[:, None, None] + tl.arange(0, 4)[:, None] * 4 + tl.arange(0, 4)
-    pairs = tl.load(view + at, mask[:, None, None], 0)
-    one, there = place[:, None, None], mask[:, None, None]
-    wanted = tl.load(hint + one, there, 0).to(tl.int32) if HINTED else 0
-    words, scale = _quantized(pairs << 16, pairs & -0x10000, wanted, carry, HINTED, False)
-    tl.store(blocks + (place[:, None] * 4 + tl.arange(0, 4)), words, mask[:, None])
-    tl.store(scales + one, scale.to(tl.uint8), there)
-
-
-# --- tiles of rows by K, for any strides -----------------------------------------------------------
-
-
-@triton.jit
-def _tile(
-    tiles_a: Any,
-    tiles_k: Any,
-    outer: Any,
-    ROW: tl.constexpr,
-    INNER: tl.constexpr,
-    TALL: tl.constexpr,
-    WIDE: tl.constexpr,
-) -> Any:
-    """The tile of a program: neighbours along A run together, as they share pages of memory.
-
-    Args:
-        tiles_a: tiles along A.
-        tiles_k: tiles along K.
-        outer: the size of A.
-        ROW: units (words or blocks) in a row.
-        INNER: the size of B.
-        TALL: the rows of a tile, all of one b.
-        WIDE: its units along K.
-
-    Returns:
-        e, a ``[TALL]``, b, units along K ``[WIDE]``; places in stored order and which of them
-        exist ``[TALL, WIDE]``.
-
-    """
-    rest = tl.program_id(0) // tiles_a
-    a = (tl.program_id(0) % tiles_a) * TALL + tl.arange(0, TALL)
-    unit = (rest % tiles_k) * WIDE + tl.arange(0, WIDE)
-    rest = rest // tiles_k
-    e, b = (rest // INNER).to(tl.int64), rest % INNER
-    row = (e * outer + a) * INNER + b
-    mask = (a < outer)[:, None] & (unit < ROW)[None, :]
-    return e, a.to(tl.int64), b.to(tl.int64), unit, row[:, None] * ROW + unit[None, :], mask
-
-
-@triton.jit
-def _decode_tiles(
+    hint: Any,
     blocks: Any,
     scales: Any,
-    view: Any,
-    tiles_a: Any,
-    tiles_k: Any,
     outer: Any,
     e_step: Any,
     a_step: Any,
@@ -379,48 +344,32 @@ def _decode_tiles(
     k_step: Any,
     ROW: tl.constexpr,
     INNER: tl.constexpr,
+    LAYOUT: tl.constexpr,
     TALL: tl.constexpr,
     WIDE: tl.constexpr,
-) -> None:
-    e, a, b, unit, place, mask = _tile(tiles_a, tiles_k, outer, ROW, INNER, TALL, WIDE)
-    words = tl.load(blocks + place, mask, 0)
-    scale = tl.load(scales + place // 4, mask, 0).to(tl.int32)
-    values = tl.reshape(_values(words, scale), (TALL, WIDE * 8))
-    k = (tl.program_id(0) // tiles_a % tiles_k) * (WIDE * 8) + tl.arange(0, WIDE * 8)
-    at = (e * e_step + b * b_step + a * a_step)[:, None] + (k.to(tl.int64) * k_step)[None, :]
-    tl.store(view + at, values, (a < outer)[:, None] & (k < ROW * 8)[None, :])
-
-
-@triton.jit
-def _encode_tiles(
-    view: Any,
-    blocks: Any,
-    scales: Any,
-    hint: Any,
-    tiles_a: Any,
-    tiles_k: Any,
-    outer: Any,
-    e_step: Any,
-    a_step: Any,
-    b_step: Any,
-    k_step: Any,
-    ROW: tl.constexpr,
-    INNER: tl.constexpr,
-    carry: Any,
     HINTED: tl.constexpr,
+    PAIRS: tl.constexpr,
     LONG: tl.constexpr,
-    TALL: tl.constexpr,
-    WIDE: tl.constexpr,
 ) -> None:
-    e, a, b, unit, place, mask = _tile(tiles_a, tiles_k, outer, ROW, INNER, TALL, WIDE)
-    k = unit[:, None, None] * 32 + tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 4) * 2
-    at = (e * e_step + b * b_step + a * a_step)[:, None, None, None] + k.to(tl.int64) * k_step
+    """Four bytes to a lane, as pairs of bfloat16: 16 bytes in, and 4 out."""
+    SIZE: tl.constexpr = 16 if PAIRS else 32
+    place, offset, mask = _units(
+        outer, e_step, a_step, b_step, k_step, ROW, INNER, SIZE, LAYOUT, TALL, WIDE
+    )
     one, there = place[:, :, None, None], mask[:, :, None, None]
-    even = tl.load(view + at, there, 0).to(tl.int32)
-    odd = tl.load(view + (at + k_step), there, 0).to(tl.int32)
-    if not LONG:
-        even, odd = even << 16, odd << 16
+    byte, word = tl.arange(0, 4)[:, None], tl.arange(0, 4)
+    pair = (word * 4 + byte).to(tl.int64)
+    if PAIRS:
+        pairs = tl.load(view + (offset[:, :, None, None] + pair), there, 0)
+        even, odd = pairs << 16, pairs & -0x10000
+    else:
+        at = offset[:, :, None, None] + pair * (2 * k_step)
+        even = tl.load(view + at, there, 0).to(tl.int32)
+        odd = tl.load(view + (at + k_step), there, 0).to(tl.int32)
+        if not LONG:
+            even, odd = even << 16, odd << 16
     wanted = tl.load(hint + one, there, 0).to(tl.int32) if HINTED else 0
-    words, scale = _quantized(even, odd, wanted, carry, HINTED, LONG)
-    tl.store(blocks + (place[:, :, None] * 4 + tl.arange(0, 4)), words, mask[:, :, None])
+    codes, scale = _quantized(even, odd, wanted, carry, HINTED, LONG)
+    words = tl.sum(codes << (8 * byte), -2)
+    tl.store(blocks + (place[:, :, None] * 4 + word), words, mask[:, :, None])
     tl.store(scales + one, scale.to(tl.uint8), there)

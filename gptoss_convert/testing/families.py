@@ -1,8 +1,4 @@
-"""For plugin authors: small checkpoints to try a family on, and the checks that matter.
-
->>> from gptoss_convert.testing import assert_roundtrip
->>> assert_roundtrip(my_family, my_config)  # doctest: +SKIP
-"""
+"""Small checkpoints to try a model family on, and the check that matters."""
 
 from __future__ import annotations
 

@@ -1,0 +1,308 @@
+"""The contract of a codec, tried on tensors that show every way of breaking it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from gptoss_convert.dtypes import itemsize
+from gptoss_convert.encoding import bind
+from gptoss_convert.errors import EncodeError, UsageError
+from gptoss_convert.testing.families import distinct
+from gptoss_convert.testing.tried import Tried, same
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from gptoss_convert.types import Codec, Config, TensorSpec
+
+
+def assert_codec(
+    codec: Codec,
+    logical: TensorSpec,
+    *,
+    tolerance: float = 0.25,
+    signed_zeros: bool = True,
+    refuses_nonfinite: bool = True,
+    any_bytes: Sequence[str] | None = None,
+) -> None:
+    """A codec keeps, both ways, the contract of :class:`~gptoss_convert.types.Codec`.
+
+    What it cannot see is an encoder and a decoder that are wrong in the same way: compare decoded
+    bytes with the definition of your format once.
+
+    Args:
+        codec: one that writes.
+        logical: a tensor it can store, of two rows or more. Choose sizes that are all different
+            (a transposed square matrix still has the right shape), the last of them not prime.
+        tolerance: the largest error allowed, as a share of the largest magnitude of the row of
+            dim 0 (of the tensor, if the codec is not sliceable).
+        signed_zeros: whether -0.0 comes back as -0.0.
+        refuses_nonfinite: whether NaN and infinity raise EncodeError.
+        any_bytes: suffixes of the parts in which any byte may stand; by default those whose
+            elements are one byte wide. Every finite value that such bytes decode to must be kept.
+            Give () if your encoder holds itself to fewer.
+
+    Raises:
+        AssertionError: naming the codec and what is wrong.
+
+    """
+    it = Tried(codec, logical, signed_zeros)
+    _try_declaring(it)
+    _try_specs(it)
+    values = _values(logical, apart=codec.sliceable)
+    parts = it.encode(values, "distinct values")
+    kept = it.decode(parts, "the parts it made")
+    _try_errors(it, values, kept, tolerance)
+    it.require_kept(kept, "what it decoded itself")
+    it.require_parts(parts, values.float(), "the same values in float32")
+    for what, view in _views(values):
+        it.require_parts(parts, view, what)
+    if codec.sliceable:
+        _try_slices(it, values, parts, kept)
+    _try_zeros(it, values)
+    if refuses_nonfinite:
+        _try_nonfinite(it, values)
+    if anywhere := _places(it, any_bytes):
+        _try_bytes(it, parts, anywhere)
+    if codec.hints:
+        _try_wrong_hints(it, parts, (values, kept))
+    _try_options(it, kept)
+    _try_measuring(it, values, parts, kept)
+
+
+def _try_declaring(it: Tried) -> None:
+    """What it declares survives JSON and is its own; nothing else is."""
+    codec = it.codec
+    it.require(codec.writes, "cannot write: it lacks encode, parts or declare")
+    it.require(set(codec.hints) <= set(codec.suffixes), "has hints that are none of its parts")
+    assert codec.declare
+    declared = codec.declare(["lm_head", "model.layers.*.self_attn"])
+    stored = json.loads(json.dumps(declared))
+    it.require(stored == dict(declared), "declares what JSON cannot hold")
+    own = codec.matches({"quantization_config": stored})
+    it.require(bool(own), "does not match the config that it declares")
+    foreign = {"quantization_config": {"quant_method": f"not-{codec.name}"}}
+    others: list[Config] = [{}, {"quantization_config": None}, {"quantization_config": {}}, foreign]
+    for config in others:
+        it.require(not codec.matches(config), f"matches {config}, which does not declare it")
+
+
+def _try_specs(it: Tried) -> None:
+    """``parts`` and ``spec`` are inverse, and ``spec`` refuses parts that do not belong together."""
+    codec, logical, parts = it.codec, it.logical, list(it.promised())
+    it.require(len(parts) == len(codec.suffixes), "promises more or fewer parts than suffixes")
+    back = codec.spec(parts)
+    it.require(back == logical, f"has a spec that makes {back} of the parts of {logical}")
+    rows = {part.shape[:1] for part in parts} == {logical.shape[:1]}
+    it.require(rows or not codec.sliceable, "is sliceable, but dim 0 of a part is not that of all")
+    for index, part in enumerate(parts):
+        strange = [replace(part, dtype="BOOL")]
+        if len(parts) > 1:
+            strange.append(replace(part, shape=(part.shape[0] + 1, *part.shape[1:])))
+        for other in strange:
+            wrong = [*parts[:index], other, *parts[index + 1 :]]
+            text = f"takes {', '.join(map(str, wrong))} for parts of one tensor"
+            try:
+                codec.spec(wrong)
+            except ValueError:
+                continue
+            it.require(False, text)
+
+
+def _values(logical: TensorSpec, *, apart: bool) -> Tensor:
+    """Distinct values; if ``apart``, rows whose magnitudes have nothing to do with each other."""
+    import torch
+
+    values = distinct(logical, 1)
+    if apart:
+        powers = 4.0 ** (torch.arange(len(values)) % 5)
+        values *= powers.view(-1, *[1] * (values.dim() - 1)).to(values.dtype)
+    return values
+
+
+def _try_errors(it: Tried, values: Tensor, kept: Tensor, tolerance: float) -> None:
+    rows = len(values) if it.codec.sliceable else 1
+    differences = kept.double() - values.double()
+    error, size = (t.abs().reshape(rows, -1).amax(1) for t in (differences, values.double()))
+    worst = float((error / size).max())
+    text = f"is off by {worst:.2g} of the largest magnitude; a tolerance of {tolerance} is allowed"
+    it.require(worst <= tolerance, text)
+
+
+def _views(values: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The same row-major order in other memory, and in more dims behind the first ones."""
+    import torch
+
+    dims = range(values.dim())
+    for order in itertools.permutations(dims):
+        back = sorted(dims, key=order.__getitem__)
+        yield (
+            f"a view with dims in the order {order}",
+            values.permute(order).clone(memory_format=torch.contiguous_format).permute(back),
+        )
+    sparse = torch.full([2 * size for size in values.shape], math.nan, dtype=values.dtype)
+    every_other = sparse[tuple(slice(1, None, 2) for _ in dims)]
+    yield "a view of every other element", every_other.copy_(values)
+    width = values.shape[-1]
+    factor = next((n for n in range(2, width) if width % n == 0), 1)
+    split = values.unflatten(-1, (-1, factor))
+    yield "a view with its last dim in two", split
+    turned = split.transpose(-1, -2).contiguous().transpose(-1, -2)
+    yield "a view with its last dim in two, the inner one outside in memory", turned
+
+
+def _try_slices(it: Tried, values: Tensor, parts: Sequence[Tensor], kept: Tensor) -> None:
+    """Rows by themselves give what they give in the whole."""
+    count = len(values)
+    it.require(count > 1, "is tried on a single row; choose a tensor of two or more")
+    for rows in (slice(0, 1), slice(1, count), slice(count - 1, count)):
+        what = f"rows {rows.start} to {rows.stop} by themselves"
+        some = [part[rows] for part in parts]
+        it.require_parts(some, values[rows], what)
+        it.require(same(it.decode(some, what), kept[rows]), f"decodes {what} differently")
+
+
+def _try_zeros(it: Tried, values: Tensor) -> None:
+    """Zeros of both signs, scattered, and rows of nothing else."""
+    zeros = values.clone().contiguous()
+    flat = zeros.view(-1)
+    flat[::3], flat[1::3] = 0.0, -0.0
+    zeros[0], zeros[-1] = 0.0, -0.0
+    back = it.decode(it.encode(zeros, "zeros"), "zeros")
+    here = zeros == 0
+    it.require(bool((back[here] == 0).all()), "makes something of zeros")
+    if it.signed_zeros:
+        signs = (back.signbit() == zeros.signbit())[here]
+        it.require(bool(signs.all()), "loses the sign of zeros")
+
+
+def _try_nonfinite(it: Tried, values: Tensor) -> None:
+    """NaN and infinity stop it, and it says in which row."""
+    assert it.codec.encode
+    last = len(values) - 1
+    for bad in (math.nan, math.inf, -math.inf):
+        tensor = values.clone()
+        tensor[(last, *(size // 2 for size in values.shape[1:]))] = bad
+        try:
+            it.codec.encode(tensor, None, None)
+        except EncodeError as error:
+            text = f"says that row {error.row} holds {bad}, when it is row {last}"
+            it.require(error.row == last or not it.codec.sliceable, text)
+            one_line = len(str(error).splitlines()) == 1
+            it.require(one_line, f"should say in one sentence what is wrong with {bad}")
+        except Exception as error:
+            it.require(False, f"raises {type(error).__name__}, not EncodeError, for {bad}")
+        else:
+            it.require(False, f"encodes {bad} without a word")
+
+
+def _places(it: Tried, any_bytes: Sequence[str] | None) -> set[int]:
+    """The parts in which any byte may stand."""
+    specs = dict(zip(it.codec.suffixes, it.promised(), strict=True))
+    narrow = [s for s, spec in specs.items() if itemsize(spec.dtype) == 1 and spec.dtype != "BOOL"]
+    chosen = narrow if any_bytes is None else any_bytes
+    return {it.codec.suffixes.index(suffix) for suffix in chosen}
+
+
+def _try_bytes(it: Tried, parts: Sequence[Tensor], anywhere: set[int]) -> None:
+    """Whatever is stored, its finite values are kept; the hints come back where all are finite.
+
+    With values and hints the same, the other parts can only differ if several bytes mean the same.
+    """
+    for seed in range(2):
+        stored = _random(parts, anywhere, range(256), seed)
+        decoded = it.decode(stored, "random bytes")
+        finite = decoded.where(decoded.isfinite(), 0)
+        for hints in (None, it.hints(stored)):
+            it.require_kept(finite, "finite values of random bytes", hints)
+    if not it.codec.hints:
+        return
+    stored = list(parts)
+    for index in anywhere:
+        stored = _random(stored, {index}, _harmless(it, parts, index), 2)
+    decoded = it.decode(stored, "random bytes that decode to finite values")
+    rows = decoded.isfinite().reshape(len(decoded) if it.codec.sliceable else 1, -1).all(1)
+    it.require(bool(rows.any()), "makes no row of finite values only of all bytes that were tried")
+    clean = decoded.where(rows.view(-1, *[1] * (decoded.dim() - 1)), 0)
+    hints = it.hints(stored)
+    made = it.hints(it.encode(clean, "finite values and their hints", hints))
+    for old, new, suffix in zip(hints or (), made or (), it.codec.hints, strict=True):
+        back = same(old[rows], new[rows]) if it.codec.sliceable else same(old, new)
+        it.require(back, f"does not give {suffix} back, though it gets them as hints")
+
+
+def _random(
+    parts: Sequence[Tensor], where: set[int], choice: Sequence[int], seed: int
+) -> list[Tensor]:
+    """The parts, some of them filled with bytes of a choice, all of which occur if there is room."""
+    import torch
+
+    noise = torch.Generator().manual_seed(seed)
+    made = list(parts)
+    for index in where:
+        count = parts[index].numel() * parts[index].element_size()
+        drawn = torch.tensor(choice)[torch.arange(count) % len(choice)].to(torch.uint8)
+        mixed = drawn[torch.randperm(count, generator=noise)]
+        made[index] = mixed.view(parts[index].dtype).view(parts[index].shape)
+    return made
+
+
+def _harmless(it: Tried, parts: Sequence[Tensor], index: int) -> list[int]:
+    """Bytes that leave everything finite if a part holds nothing else."""
+    found = []
+    for byte in range(256):
+        decoded = it.codec.decode(_random(parts, {index}, [byte], 0))
+        if decoded.isfinite().all():
+            found.append(byte)
+    return found or list(range(256))
+
+
+def _try_wrong_hints(it: Tried, parts: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Hints of another checkpoint change no value."""
+    where = {it.codec.suffixes.index(suffix) for suffix in it.codec.hints}
+    choices: list[Sequence[int]] = [range(256), [0], [255], [1, 254]]
+    for tensor in tensors:
+        without = it.decode(it.encode(tensor, "no hints"), "no hints")
+        right = it.encode(tensor, "its own hints", it.hints(parts))
+        it.require(
+            same(it.decode(right, "its own hints"), without), "lets right hints change values"
+        )
+        for seed, choice in enumerate(choices):
+            hints = it.hints(_random(parts, where, choice, seed))
+            back = it.decode(it.encode(tensor, "wrong hints", hints), "wrong hints")
+            it.require(same(back, without), "lets wrong hints change values")
+
+
+def _try_options(it: Tried, kept: Tensor) -> None:
+    """Values it can hold are kept with every option that this machine has."""
+    for name, choices in it.codec.options.items():
+        for choice in choices:
+            try:
+                bound = bind(it.codec, {name: choice})
+            except UsageError:
+                continue
+            tried = Tried(bound, it.logical, it.signed_zeros)
+            tried.require_kept(kept, f"what it decoded itself, with {name} {choice}")
+
+
+def _try_measuring(it: Tried, values: Tensor, parts: Sequence[Tensor], kept: Tensor) -> None:
+    """Its own account of what was lost is true."""
+    if it.codec.measure is None:
+        return
+    error = (kept.double() - values.double()).abs()
+    loss = it.codec.measure(values, parts)
+    it.require(
+        loss.elements == values.numel(), f"measures {loss.elements} of {values.numel()} elements"
+    )
+    told, true = (loss.largest, loss.squares), (float(error.max()), float(error.square().sum()))
+    close = all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(told, true, strict=True))
+    it.require(close, f"measures the largest error and squares {told}, when they are {true}")
+    none = it.codec.measure(kept, it.encode(kept, "what it decoded itself"))
+    nothing = none.kept == none.blocks > 0 and none.largest == none.squares == 0
+    it.require(nothing, "measures a loss where there is none")
