@@ -431,7 +431,7 @@ def peer_call(peer: Peer, case: Case, data: Data) -> Callable[[], Tensor | Packe
 def share(made: Tensor | Packed, case: Case, data: Data) -> str:
     """How many of a peer's blocks are as the definition has them."""
     if isinstance(made, Tensor):
-        if made.device != data.device:
+        if made.device.type != data.device.type:
             raise RuntimeError(f"it moved the work to {made.device}")
         stored = made.transpose(-1, -2) if case.layout == "transpose" else made
         pairs = zip(stored.view(torch.int16), *data.packed, strict=True)

@@ -11,7 +11,7 @@ other strides, a tile of rows by K, which the compiler turns around in shared me
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -130,18 +130,18 @@ def _has_pairs(view: Tensor) -> bool:
 
 
 @triton.jit
-def _float(bits: Any) -> Any:
+def _float(bits):
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _power(scale: Any) -> Any:
+def _power(scale):
     """2**(scale - 127); of 0 that is a subnormal."""
     return _float(tl.where(scale == 0, 0x00400000, scale << 23))
 
 
 @triton.jit
-def _value(words: Any, at: tl.constexpr, factor: Any, keep: Any, nan: Any) -> Any:
+def _value(words, at: tl.constexpr, factor, keep, nan):
     """bfloat16 bits of the codes at a bit of the words.
 
     Every product is a bfloat16, so the lower half of its bits is zero.
@@ -153,7 +153,7 @@ def _value(words: Any, at: tl.constexpr, factor: Any, keep: Any, nan: Any) -> An
 
 
 @triton.jit
-def _values(words: Any, scale: Any) -> Any:
+def _values(words, scale):
     """Words ``[..., n]`` and scale bytes that belong to them -> bfloat16 bits ``[..., n, 2, 2, 2]``."""
     factor = _power(scale)
     keep = tl.where(scale == _NAN_SCALE, 0, -1)  # a device's own NaN may be another
@@ -172,34 +172,32 @@ def _values(words: Any, scale: Any) -> Any:
 
 
 @triton.jit
-def _scaled(magnitude: Any, scale: Any) -> Any:
+def _scaled(magnitude, scale):
     """Bits of ``magnitude / 2**(scale - 127) * 2**-126``. Only far below code 1 are bits lost."""
     inverse = _power(-(scale - _LARGEST_SCALE))
     return (_float(magnitude) * inverse * _DOWN).to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def _nearest(scaled: Any, bits: Any) -> Any:
+def _nearest(scaled, bits):
     """Codes, ties to even, with the sign of ``bits``."""
     rounded = (scaled + _HALF + ((scaled >> _CODE) & 1)) >> _CODE
     return tl.minimum(rounded, 7) | ((bits >> 28) & 8)
 
 
 @triton.jit
-def _off_grid(scaled: Any, magnitude: Any) -> Any:
+def _off_grid(scaled, magnitude):
     return ((scaled & _FRACTION) != 0) | ((scaled == 0) & (magnitude != 0))
 
 
 @triton.jit
-def _most(x: Any) -> Any:
+def _most(x):
     """``[..., 4, 4]`` -> ``[..., 1, 1]``."""
     return tl.max(tl.max(x, -1, keep_dims=True), -2, keep_dims=True)
 
 
 @triton.jit
-def _quantized(
-    even: Any, odd: Any, hint: Any, carry: Any, HINTED: tl.constexpr, LONG: tl.constexpr
-) -> Any:
+def _quantized(even, odd, hint, carry, HINTED: tl.constexpr, LONG: tl.constexpr):
     """Float32 bits of a block's even and odd elements -> its bytes and its scale.
 
     Args:
@@ -241,18 +239,18 @@ def _quantized(
 
 @triton.jit
 def _units(
-    outer: Any,
-    e_step: Any,
-    a_step: Any,
-    b_step: Any,
-    k_step: Any,
+    outer,
+    e_step,
+    a_step,
+    b_step,
+    k_step,
     ROW: tl.constexpr,
     INNER: tl.constexpr,
     SIZE: tl.constexpr,
     LAYOUT: tl.constexpr,
     TALL: tl.constexpr,
     WIDE: tl.constexpr,
-) -> Any:
+):
     """The units (words or blocks) of a program.
 
     Args:
@@ -305,20 +303,20 @@ def _units(
 
 @triton.jit
 def _decode(
-    blocks: Any,
-    scales: Any,
-    view: Any,
-    outer: Any,
-    e_step: Any,
-    a_step: Any,
-    b_step: Any,
-    k_step: Any,
+    blocks,
+    scales,
+    view,
+    outer,
+    e_step,
+    a_step,
+    b_step,
+    k_step,
     ROW: tl.constexpr,
     INNER: tl.constexpr,
     LAYOUT: tl.constexpr,
     TALL: tl.constexpr,
     WIDE: tl.constexpr,
-) -> None:
+):
     """A word to a lane: 4 bytes in, and 16 out, the widest store there is."""
     place, offset, mask = _units(
         outer, e_step, a_step, b_step, k_step, ROW, INNER, 8, LAYOUT, TALL, WIDE
@@ -332,16 +330,16 @@ def _decode(
 
 @triton.jit
 def _encode(
-    view: Any,
-    carry: Any,
-    hint: Any,
-    blocks: Any,
-    scales: Any,
-    outer: Any,
-    e_step: Any,
-    a_step: Any,
-    b_step: Any,
-    k_step: Any,
+    view,
+    carry,
+    hint,
+    blocks,
+    scales,
+    outer,
+    e_step,
+    a_step,
+    b_step,
+    k_step,
     ROW: tl.constexpr,
     INNER: tl.constexpr,
     LAYOUT: tl.constexpr,
@@ -350,7 +348,7 @@ def _encode(
     HINTED: tl.constexpr,
     PAIRS: tl.constexpr,
     LONG: tl.constexpr,
-) -> None:
+):
     """Four bytes to a lane, as pairs of bfloat16: 16 bytes in, and 4 out."""
     SIZE: tl.constexpr = 16 if PAIRS else 32
     place, offset, mask = _units(
