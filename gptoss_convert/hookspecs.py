@@ -58,9 +58,27 @@ def gptoss_convert_models() -> Iterable[ModelFamily]:  # type: ignore[empty-body
 
 @hookspec
 def gptoss_convert_codecs() -> Iterable[Codec]:  # type: ignore[empty-body]
-    """Yield the quantized storage forms this plugin can decode.
+    """Yield the quantized storage forms this plugin can decode, and perhaps encode.
+
+    docs/codecs.md explains one; ``gptoss_convert.testing.assert_codec`` tries yours.
 
     Example::
+
+        from gptoss_convert.errors import EncodeError
+
+        def encode(tensor, hints=None, out=None):
+            rows = tensor.float().flatten(1)
+            if not rows.isfinite().all():
+                broken = rows.isfinite().all(1).logical_not().nonzero()
+                raise EncodeError(int(broken[0]), "holds NaN or infinity; mend the checkpoint")
+            scale = 2.0 ** (rows.abs().amax(1, keepdim=True).frexp().exponent - 7)
+            return (rows / scale).round().clamp(-127, 127).char(), scale
+
+        def spec(parts):
+            rows, scale = parts
+            if (rows.dtype, scale) != ("I8", TensorSpec((*rows.shape[:1], 1), "F32")):
+                raise ValueError(f"{rows} and {scale} are not I8 [out, in] and F32 [out, 1]")
+            return TensorSpec(rows.shape, "BF16")
 
         @hookimpl
         def gptoss_convert_codecs():
@@ -68,10 +86,15 @@ def gptoss_convert_codecs() -> Iterable[Codec]:  # type: ignore[empty-body]
                 name="int8-rowwise",
                 suffixes=("_int8", "_scale"),
                 matches=lambda config: (
-                    config.get("quantization_config", {}).get("quant_method") == "int8-rowwise"
+                    (config.get("quantization_config") or {}).get("quant_method") == "int8-rowwise"
                 ),
-                spec=lambda parts: TensorSpec(parts[0].shape, "BF16"),
-                decode=lambda parts, out=None: (parts[0].float() * parts[1].float()).bfloat16(),
+                spec=spec,
+                decode=lambda parts, out=None: (parts[0].float() * parts[1]).bfloat16(),
+                encode=encode,
+                parts=lambda logical: (
+                    TensorSpec(logical.shape, "I8"), TensorSpec((logical.shape[0], 1), "F32")
+                ),
+                declare=lambda unquantized: {"quant_method": "int8-rowwise"},
             )
     """
 

@@ -1,4 +1,4 @@
-"""The plugin tutorial and the hooks' examples are true, and stay so."""
+"""The tutorials on plugins and codecs and the hooks' examples are true, and stay so."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ import click
 import pytest
 
 import gptoss_convert
-from gptoss_convert import hookspecs, types
+from gptoss_convert import TensorSpec, hookspecs, types
 from gptoss_convert.cli import main
-from gptoss_convert.registry import KINDS, Registry
+from gptoss_convert.registry import KINDS, Registry, default_registry
+from gptoss_convert.testing import assert_codec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +30,11 @@ ROOT = Path(__file__).parents[1]
 FOREIGN = ROOT / "tests" / "third_party"
 MODULE = "gptoss_convert_llama"
 PAGE = (ROOT / "docs" / "plugins.md").read_text()
-TEXT = re.sub(r"^```.*?^```$", "", PAGE.split("## All hooks")[0], flags=re.DOTALL | re.MULTILINE)
+CODECS = (ROOT / "docs" / "codecs.md").read_text()
+TEXT, CODECS_TEXT = (
+    re.sub(r"^```.*?^```$", "", page.split("## All hooks")[0], flags=re.DOTALL | re.MULTILINE)
+    for page in (PAGE, CODECS)
+)
 HOOKS = {name: hook for name, hook in vars(hookspecs).items() if name.startswith("gptoss_convert_")}
 RECORDS = {
     "models": types.ModelFamily,
@@ -45,8 +50,8 @@ def fields(record: type) -> list[str]:
     return [field.name for field in dataclasses.fields(record)]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+def blocks(language: str, page: str = PAGE) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -57,21 +62,29 @@ def llama(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     sys.modules.pop(MODULE, None)
 
 
-# --- the tutorial --------------------------------------------------------------------------------
+# --- the tutorials -------------------------------------------------------------------------------
+
+pages = pytest.mark.parametrize("page", [PAGE, CODECS], ids=["plugins", "codecs"])
 
 
-def test_the_blocks_put_together_are_the_module() -> None:
-    built = "\n\n\n".join(block.strip("\n") for block in blocks("python")) + "\n"
-    assert built == (FOREIGN / f"{MODULE}.py").read_text()
+@pytest.mark.parametrize(
+    ("page", "module"),
+    [(PAGE, FOREIGN / f"{MODULE}.py"), (CODECS, ROOT / "plugins" / "gptoss_plugins" / "mxfp8.py")],
+    ids=["plugins", "codecs"],
+)
+def test_the_blocks_put_together_are_the_module(page: str, module: Path) -> None:
+    built = "\n\n\n".join(block.strip("\n") for block in blocks("python", page)) + "\n"
+    assert built == module.read_text()
 
 
 def test_the_page_shows_the_distribution() -> None:
     assert blocks("toml") == [(FOREIGN / "pyproject.toml").read_text()]
 
 
-def test_the_session_runs_as_shown(llama: ModuleType) -> None:
-    (session,) = blocks("pycon")
-    parsed = doctest.DocTestParser().get_doctest(session, {}, "plugins.md", None, None)
+@pages
+def test_the_session_runs_as_shown(llama: ModuleType, page: str) -> None:
+    (session,) = blocks("pycon", page)
+    parsed = doctest.DocTestParser().get_doctest(session, {}, "the page", None, None)
     assert len(parsed.examples) >= 8
     told: list[str] = []
     result = doctest.DocTestRunner(verbose=False).run(parsed, out=told.append)
@@ -79,19 +92,35 @@ def test_the_session_runs_as_shown(llama: ModuleType) -> None:
     assert result.attempted == len(parsed.examples)
 
 
-def test_the_commands_exist_with_their_flags(llama: ModuleType) -> None:
-    (console,) = blocks("console")
+@pytest.mark.parametrize(
+    ("page", "shown"),
+    [
+        (PAGE, {"plugins", "plan", "import", "export", "layers", "quantize"}),
+        (CODECS, {"plugins", "import", "export", "quantize", "dequantize"}),
+    ],
+    ids=["plugins", "codecs"],
+)
+def test_the_commands_exist_with_their_flags(llama: ModuleType, page: str, shown: set[str]) -> None:
+    (console,) = blocks("console", page)
     foreign = {command.name: command for command in llama.gptoss_convert_commands()}
+    commands: dict[Any, Any] = {**main.commands, **default_registry().commands(), **foreign}
     tried = set()
     for line in console.splitlines():
         program, name, *words = shlex.split(line.removeprefix("$ "))
         if program != "gptoss-convert":
             continue
-        command: Any = foreign.get(name) or main.commands[name]
-        flags = [flag for option in command.params for flag in option.opts]
+        flags = [flag for option in commands[name].params for flag in option.opts]
         assert {word for word in words if word.startswith("-")} <= set(flags), line
         tried.add(name)
-    assert tried == {"plugins", "plan", "import", "export", "llama-int8"}
+    assert tried == shown
+
+
+@pages
+def test_codecs_that_are_named_exist(llama: ModuleType, page: str) -> None:
+    ours = set(default_registry().codecs()) | {c.name for c in llama.gptoss_convert_codecs()}
+    named = set(re.findall(r"--(?:codec|export-dtype) ([a-z][\w-]*)", page))
+    assert named
+    assert named <= ours
 
 
 def test_ops_and_shard_kinds_are_explained() -> None:
@@ -117,9 +146,13 @@ def test_hooks_kinds_and_records_are_the_same_list() -> None:
     assert {*RECORDS, "commands"} == set(KINDS)
 
 
-@pytest.mark.parametrize("record", [types.Rule, types.ModelFamily, types.Codec, types.TensorSpec])
+@pytest.mark.parametrize("record", [types.Rule, types.ModelFamily, types.TensorSpec])
 def test_the_text_explains_every_field_of_the_records_it_uses(record: type) -> None:
     assert [name for name in fields(record) if f"`{name}`" not in TEXT] == []
+
+
+def test_the_text_on_codecs_explains_every_field() -> None:
+    assert [name for name in fields(types.Codec) if f"`{name}`" not in CODECS_TEXT] == []
 
 
 def test_findings_are_explained() -> None:
@@ -145,4 +178,6 @@ def test_an_example_works(hook: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert {kind: len(names) for kind, names in offered.items() if names} == {
         hook.removeprefix("gptoss_convert_"): 1
     }
+    for codec in registry.codecs().values():
+        assert_codec(codec, TensorSpec((7, 6), "BF16"), signed_zeros=False, any_bytes=())
     sys.modules.pop(module, None)

@@ -1022,7 +1022,7 @@ def test_killed_and_run_again(
     last = len(calls)
     assert last > 40
     place = tmp_path / "place"
-    for at in sorted({*range(5, last, 9), *range(last - 11, last + 1)}):
+    for at in sorted({*range(5, last - 11, 14), *range(last - 11, last + 1)}):
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
         code, _, _ = server(*command, place / "out", at=at)

@@ -110,10 +110,10 @@ class Tried:
                 raise AssertionError(f"{text} ({type(error).__name__}: {error})") from error
             made.append([found] if single else list(found))
             self.require(len(made[-1]) == len(specs), f"makes {len(made[-1])} parts of {what}")
+        self.require(all(map(same, before, inputs)), f"changes what is given to {name}")
+        self.require(all(r.intact for r in rooms), f"writes past the memory given to {name}")
         agree = all(map(same, *made))
         self.require(agree, f"makes something else of {what} when {name} is given memory")
-        self.require(all(r.intact for r in rooms), f"writes past the memory given to {name}")
-        self.require(all(map(same, before, inputs)), f"changes what is given to {name}")
         return made[0]
 
 

@@ -87,13 +87,14 @@ def encode(
 ) -> Sequence[Tensor]:
     """[E, in, out], or a view [E, in, ...] of the same order, to elements and scales.
 
-    Computed in float32, and of bfloat16, float16 and float32 alike. What MXFP8 can hold keeps its
-    value, a zero its sign; so decoding and encoding again changes no finite value. The rest goes to
-    the nearest element at the block's scale, ties to even, and nothing finite becomes infinite.
+    Computed in float32, from bfloat16, float16 and float32 alike. What MXFP8 can hold keeps its
+    value, and a zero its sign, so decoding and encoding again changes no finite value. The rest
+    goes to the nearest element at the block's scale, ties to even. Nothing finite becomes infinite:
+    past LARGEST it becomes LARGEST.
 
     With ``hints`` (the scales of the source) a block that is exact at its old scale is written at
-    it. So all of a source's bytes come back, those apart that decoding had to round (scales 0 to
-    2) or that were not finite. A wrong hint changes bytes, never a value.
+    it. So a source's bytes come back, except in blocks that decoding had to round (scales 0 to 2)
+    or that are not finite. A wrong hint changes bytes, never a value.
 
     Raises:
         EncodeError: an expert holds NaN or infinity.
@@ -127,10 +128,10 @@ def encode(
 def scale_for(amax: Tensor) -> Tensor:
     """The scale byte of blocks whose largest magnitudes these are; 118 if all are zero.
 
-    OCP takes ``floor(log2(amax)) - 8``, as 448, the largest element, is ``1.75 * 2**8``, and cuts
-    down what is larger. Here the exponent is one more where ``amax`` would round to 480, past 448:
-    every error is then at most half a step. Without it not even elements of MXFP8 itself would
-    stay what they are: a block may have 240 for its largest, and that is 480 at the scale below.
+    The exponent is OCP's, ``floor(log2(amax)) - 8`` (448, the largest element, is ``1.75 * 2**8``),
+    and one more where ``amax`` would be past 464 and round to 480, which OCP cuts down to 448. So
+    every error is at most half a step. OCP's rule would not even keep what MXFP8 itself can hold:
+    a block may have 240 for its largest, and that is 480 at the scale below.
     """
     fraction, exponent = amax.clamp(max=LARGEST).frexp()  # 1/2 <= fraction < 1
     return (exponent - 9 + (fraction > 464 / 512) + 127).clamp(min=0).byte()
@@ -159,7 +160,7 @@ def powers() -> Tensor:
 def pieces(tensor: Tensor) -> Iterator[tuple[int, slice]]:
     """Places ``[expert, rows]`` of about ``PIECE`` elements in a tensor [E, rows, ...]."""
     experts, rows = tensor.shape[:2]
-    step = max(1, PIECE * experts * rows // tensor.numel())
+    step = max(1, PIECE // (tensor.numel() // (experts * rows)))
     for expert in range(experts):
         yield from ((expert, slice(start, start + step)) for start in range(0, rows, step))
 

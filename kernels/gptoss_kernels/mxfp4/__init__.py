@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -155,7 +155,14 @@ def encode(
         raise ValueError(f"MXFP4 is made from bfloat16 or float32, not {tensor.dtype}")
     if rule not in RULES:
         raise ValueError(f"there is no scale rule {rule!r}; choose {', '.join(RULES)}")
-    rows = stored_order(tensor, transpose=transpose, interleave=interleave)
+    if on_nonfinite not in get_args(OnNonFinite):
+        raise ValueError(
+            f"there is no way {on_nonfinite!r} to treat NaN and infinity; choose "
+            f"{', '.join(get_args(OnNonFinite))}"
+        )
+    if interleave and tensor.shape[-1 if transpose else -2] % 2:
+        raise ValueError("gate and up are halves of the rows, whose number is odd")
+    rows = stored_order(tensor.detach(), transpose=transpose, interleave=interleave)
     if rows.shape[-1] % BLOCK:
         raise ValueError(f"blocks of {BLOCK} do not divide rows of {rows.shape[-1]}")
     shape = (*_rows(rows.shape[:-1], merged=interleave), rows.shape[-1] // BLOCK)
@@ -164,8 +171,12 @@ def encode(
         out = Encoded(memory((*shape, BYTES)), memory(shape))
     blocks, scales = out
     _require_bytes(blocks, scales)
+    if not (blocks.is_contiguous() and scales.is_contiguous()):
+        raise ValueError("blocks and scales to write to must be contiguous")
     if scales.shape != shape or (hint is not None and hint.shape != shape):
         raise ValueError(f"scales and hint must be {list(shape)} for {list(tensor.shape)}")
+    if hint is not None and hint.dtype != torch.uint8:
+        raise ValueError(f"the hint must be uint8, not {hint.dtype}")
     if tensor.numel() == 0:
         return out
     view = four_dims(rows)

@@ -12,31 +12,39 @@ import numba
 import numba.extending
 import numpy as np
 import torch
+from llvmlite import ir
 
 from gptoss_kernels.mxfp4 import table
-from gptoss_kernels.mxfp4.form import BLOCK, LARGEST_SCALE, NAN_SCALE, SHIFTED, Rule
+from gptoss_kernels.mxfp4.form import BLOCK, BYTES, LARGEST_SCALE, NAN_SCALE, SHIFTED, Rule
 from gptoss_kernels.mxfp4.threads import contiguous, scratch, spread
 from gptoss_kernels.mxfp4.views import chunks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
 
 _DIRECT = 1 << 16  # blocks in a job that works in place
 _STAGED = 1 << 14  # blocks in a job that goes through a buffer, which should stay in the cache
-_kernel = numba.njit(nogil=True, cache=True, error_model="numpy")
+_FRACTION = {16: 7, 32: 23}  # fraction bits, by width
+
+
+def _kernel(function: Any) -> Any:
+    """Compile on first use, and keep that on disk if there is a place to write to."""
+    try:
+        return numba.njit(function, nogil=True, cache=True, error_model="numpy")
+    except RuntimeError:
+        return numba.njit(function, nogil=True, error_model="numpy")
+
+
 _inline = numba.njit(inline="always")
 i32: Any
 i64: Any
-u8: Any
-i32, i64, u8 = np.int32, np.int64, np.uint8
+i32, i64 = np.int32, np.int64
 u64 = np.uint64  # for places: signed ones are checked for being negative
 
-# 2, 4, 6, ... quarters: the E2M1 magnitudes in units of 0.25
+# The E2M1 magnitudes in units of 0.25
 _QUARTERS = np.array([0, 2, 4, 6, 8, 12, 16, 24], dtype=np.int64)
 _NO_HINT = np.empty((0, 0), dtype=np.uint8)
-_SHIFTED = np.array([[-1 if c is None else c for c in row] for row in SHIFTED], dtype=np.int16)
+_SHIFTED = np.array([[-1 if c is None else c for c in row] for row in SHIFTED], dtype=np.int64)
 
 
 def decode(blocks: Tensor, scales: Tensor, view: Tensor) -> None:
@@ -47,7 +55,7 @@ def decode(blocks: Tensor, scales: Tensor, view: Tensor) -> None:
     def work(chunk: tuple[tuple[int, slice], Tensor]) -> None:
         part, rows = chunk
         made = rows if direct else scratch(0, rows.shape, rows.dtype, rows.device)
-        packed = blocks[part].numpy().reshape(-1), scales[part].numpy()
+        packed = blocks[part].view(-1).numpy(), scales[part].numpy()
         _decode_rows(*packed, _flat(made, torch.int32), *_halves(made), pairs)
         if not direct:
             rows.copy_(made)
@@ -58,9 +66,8 @@ def decode(blocks: Tensor, scales: Tensor, view: Tensor) -> None:
 def encode(view: Tensor, rule: Rule, hint: Tensor | None, blocks: Tensor, scales: Tensor) -> None:
     """Blocks and scales of ``view``; scale 255 and codes 0 where a block holds NaN or infinity."""
     direct = view.stride(-1) == 1
-    kernel, whole, fraction = (
-        (_encode_bf16, torch.int16, 7) if view.itemsize == 2 else (_encode_f32, torch.int32, 23)
-    )
+    whole = torch.int16 if view.itemsize == 2 else torch.int32
+    fraction = _FRACTION[8 * view.itemsize]
     carry = table.carry(rule, fraction)
 
     def work(chunk: tuple[tuple[int, slice], Tensor]) -> None:
@@ -68,9 +75,9 @@ def encode(view: Tensor, rule: Rule, hint: Tensor | None, blocks: Tensor, scales
         if not direct:
             rows = contiguous(rows)
         wanted = _NO_HINT if hint is None else hint[part].numpy()
-        packed = blocks[part].numpy().reshape(-1), scales[part].numpy()
+        packed = blocks[part].view(-1).numpy(), scales[part].numpy()
         shape = (rows.shape[1], rows.stride(0), rows.stride(1))
-        kernel(_flat(rows, whole), *shape, carry, wanted, *packed)
+        _encode_rows(_flat(rows, whole), *shape, fraction, carry, wanted, *packed)
 
     spread(work, list(chunks(view, _DIRECT if direct else _STAGED)))
 
@@ -140,95 +147,117 @@ def _decode_rows(
 # --- encoding ------------------------------------------------------------------------------------
 
 
-def _lane_op(emit: Callable[[Any, Any, Any], Any]) -> Any:
-    """An operation on two integers of one type that stays in that type.
-
-    Numba widens to 64 bits whatever is written, and LLVM does not always find its way back; the
-    loops below would then work on 8 values at a time instead of 32.
-    """
-
-    @numba.extending.intrinsic
-    def operation(typing: Any, left: Any, right: Any) -> Any:
-        del typing, right
-        return left(left, left), lambda context, builder, sig, args: emit(builder, *args)
-
-    return operation
+# What is done to every block is written for LLVM's vectors, all 32 values at once. From loops, numba
+# would widen the values to 64 bits, and LLVM unroll them into scalar steps before it looks for
+# vectors, which is three times slower. On a CPU with shorter vectors LLVM splits these.
 
 
-_add = _lane_op(lambda b, x, y: b.add(x, y))
-_sub = _lane_op(lambda b, x, y: b.sub(x, y))
-_and = _lane_op(lambda b, x, y: b.and_(x, y))
-_or = _lane_op(lambda b, x, y: b.or_(x, y))
-_shift = _lane_op(lambda b, x, y: b.ashr(x, y))
-_max = _lane_op(lambda b, x, y: b.select(b.icmp_signed(">", x, y), x, y))
-_min = _lane_op(lambda b, x, y: b.select(b.icmp_signed("<", x, y), x, y))
-_above = _lane_op(lambda b, x, y: b.zext(b.icmp_signed(">", x, y), x.type))
+def _block(context: Any, builder: Any, array: Any, kind: Any, start: Any, count: int) -> Any:
+    """The address of ``count`` items of an array, taken as one vector."""
+    items = context.make_array(kind)(context, builder, array).data
+    vector = ir.VectorType(context.get_data_type(kind.dtype), count)
+    return builder.bitcast(builder.gep(items, [start]), vector.as_pointer())
 
 
-def _encoder(lane: Any, word: Any, fraction: int) -> Any:
-    """The kernel for values of ``fraction`` fraction bits in integers of type ``lane``, two to a word.
+def _like(vector: Any, number: int) -> Any:
+    return ir.Constant(vector.type, [number] * vector.type.count)
 
-    The same steps as in ``table.py``; here a block is one loop, and so one or two vectors.
-    """
-    sign, step = 8 + fraction, fraction - 1
-    mask = lane((1 << sign) - 1)
-    half = lane((1 << (step - 1)) - 1)
-    below_three_quarters = lane((3 << step) - 1)
-    zero, one, two, eight, nine = map(lane, (0, 1, 2, 8, 9))
-    to_half, to_sign = lane(step), lane(sign - 3)
-    endless = 255 << fraction
-    apart = 8 * np.dtype(lane).itemsize - 4
 
-    @_kernel
-    def kernel(
-        values: Any,
-        inner: int,
-        outer_step: int,
-        inner_step: int,
-        carry: int,
-        hints: Any,
-        blocks: Any,
-        scales: Any,
-    ) -> None:
-        rows, groups = scales.shape
-        codes = np.empty(BLOCK, lane)
-        couples = codes.view(word)
-        packed = u64(0)
-        for row in range(rows):
-            start = u64((row // inner) * outer_step + (row % inner) * inner_step)
-            for group in range(groups):
-                block = values[start : start + u64(BLOCK)]
-                most = zero
-                for k in range(BLOCK):
-                    most = _max(most, _and(block[k], mask))
-                scale = min(max(((i64(most) + carry) >> fraction) - 2, 0), LARGEST_SCALE)
-                if most == 0 or scale > 2:
-                    base = lane(max(scale - 2, 1) << fraction)
-                    for k in range(BLOCK):
-                        t = _sub(_and(block[k], mask), base)
-                        near = _add(_add(t, half), _and(_shift(t, to_half), one))
-                        near = _sub(_min(_shift(near, to_half), nine), two)
-                        low = _add(_above(t, zero), _above(t, below_three_quarters))
-                        negative = _and(_shift(block[k], to_sign), eight)
-                        codes[k] = _or(_max(near, low), negative)
-                else:
-                    _small_codes(block, scale, fraction, codes)
-                if hints.size:
-                    hint = i64(hints[row, group])
-                    if (hint != scale and hint != NAN_SCALE) and (
-                        most == 0 or _take_hint(block, codes, scale, hint, fraction)
-                    ):
-                        scale = hint
-                if most >= endless:
-                    scale = NAN_SCALE
-                    codes[:] = zero
-                for k in range(16):
-                    blocks[packed + u64(k)] = u8(couples[k] | (couples[k] >> word(apart)))
-                scales[row, group] = scale
-                start += u64(BLOCK)
-                packed += u64(16)
+@numba.extending.intrinsic
+def _largest(typing: Any, values: Any, start: Any) -> Any:
+    """The bits of the largest magnitude of a block."""
+    width = values.dtype.bitwidth
 
-    return kernel
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array, begin = arguments
+        x = builder.load(_block(context, builder, array, values, begin, BLOCK), align=width // 8)
+        magnitude = builder.and_(x, _like(x, (1 << (width - 1)) - 1))
+        kind = ir.FunctionType(x.type.element, [x.type])
+        name = f"llvm.vector.reduce.smax.v{BLOCK}i{width}"
+        return builder.call(builder.module.declare_intrinsic(name, (), kind), [magnitude])
+
+    return values.dtype(values, start), emit
+
+
+@numba.extending.intrinsic
+def _store_codes(typing: Any, values: Any, start: Any, base: Any, blocks: Any, packed: Any) -> Any:
+    """Nearest codes of a block of normal numbers, packed; see ``_codes``."""
+    width = values.dtype.bitwidth
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array, begin, base_, bytes_, place = arguments
+        x = builder.load(_block(context, builder, array, values, begin, BLOCK), align=width // 8)
+        codes = _codes(builder, x, base_, _FRACTION[width])
+        low, high = (_every_other(builder, codes, first) for first in (0, 1))
+        both = builder.or_(low, builder.shl(high, _like(high, 4)))
+        both = builder.trunc(both, ir.VectorType(ir.IntType(8), BYTES))
+        builder.store(both, _block(context, builder, bytes_, blocks, place, BYTES), align=1)
+        return context.get_dummy_value()
+
+    return numba.types.none(values, start, values.dtype, blocks, packed), emit
+
+
+def _codes(b: Any, x: Any, base: Any, fraction: int) -> Any:
+    """The steps of ``table.py``, on the vector ``x``; ``base`` is subtracted from each magnitude."""
+    step = fraction - 1
+    magnitude = b.and_(x, _like(x, (1 << (8 + fraction)) - 1))
+    once = b.insert_element(_like(x, 0), base, ir.IntType(32)(0))
+    t = b.sub(magnitude, b.shuffle_vector(once, once, _places([0] * BLOCK)))
+    near = b.add(t, b.and_(b.ashr(t, _like(t, step)), _like(t, 1)))
+    near = b.ashr(b.add(near, _like(t, (1 << (step - 1)) - 1)), _like(t, step))
+    near = b.select(b.icmp_signed("<", near, _like(t, 9)), near, _like(t, 9))
+    near = b.sub(near, _like(t, 2))
+    quarter, three = (b.icmp_signed(">", t, _like(t, n)) for n in (0, (3 << step) - 1))
+    small = b.add(b.zext(quarter, t.type), b.zext(three, t.type))
+    sign = b.and_(b.ashr(x, _like(x, 5 + fraction)), _like(x, 8))
+    return b.or_(b.select(b.icmp_signed(">", near, small), near, small), sign)
+
+
+def _every_other(builder: Any, vector: Any, first: int) -> Any:
+    return builder.shuffle_vector(vector, vector, _places(list(range(first, BLOCK, 2))))
+
+
+def _places(places: list[int]) -> Any:
+    return ir.Constant(ir.VectorType(ir.IntType(32), len(places)), places)
+
+
+@_kernel
+def _encode_rows(
+    values: Any,
+    inner: int,
+    outer_step: int,
+    inner_step: int,
+    fraction: int,
+    carry: int,
+    hints: Any,
+    blocks: Any,
+    scales: Any,
+) -> None:
+    """Rows ``[R, G]`` of blocks from places ``a * outer_step + b * inner_step`` of ``values``."""
+    rows, groups = scales.shape
+    packed = u64(0)
+    for row in range(rows):
+        start = u64((row // inner) * outer_step + (row % inner) * inner_step)
+        for group in range(groups):
+            most = i64(_largest(values, start))
+            scale = min(max(((most + carry) >> fraction) - 2, 0), LARGEST_SCALE)
+            if most == 0 or scale > 2:
+                _store_codes(values, start, max(scale - 2, 1) << fraction, blocks, packed)
+            else:
+                _small_codes(values, start, scale, fraction, blocks, packed)
+            if hints.size:
+                hint = i64(hints[row, group])
+                if (hint != scale and hint != NAN_SCALE) and (
+                    most == 0 or _take_hint(values, start, scale, hint, fraction, blocks, packed)
+                ):
+                    scale = hint
+            if most >= 255 << fraction:
+                scale = NAN_SCALE
+                for k in range(BYTES):
+                    blocks[packed + u64(k)] = 0
+            scales[row, group] = scale
+            start += u64(BLOCK)
+            packed += u64(BYTES)
 
 
 @_inline
@@ -246,25 +275,32 @@ def _quanta(magnitude: int, fraction: int) -> int:
 
 
 @_kernel
-def _small_codes(block: Any, scale: int, fraction: int, codes: Any) -> None:
+def _small_codes(
+    values: Any, start: int, scale: int, fraction: int, blocks: Any, packed: int
+) -> None:
     """The nearest codes at a scale of 0 to 2, where elements may be subnormal; ties to even."""
     quarter = 1 << (scale + fraction - 3)  # 0.25 at this scale, in quanta
     for k in range(BLOCK):
-        x = _quanta(_magnitude(block[k], fraction), fraction)
+        value = values[start + u64(k)]
+        x = _quanta(_magnitude(value, fraction), fraction)
         code = i64(x > quarter) + i64(x >= 3 * quarter) + i64(x > 5 * quarter)
         code += i64(x >= 7 * quarter) + i64(x > 10 * quarter) + i64(x >= 14 * quarter)
-        code += i64(x > 20 * quarter)
-        codes[k] = code | (8 if block[k] < 0 else 0)
+        code += i64(x > 20 * quarter) + (8 if value < 0 else 0)
+        place = packed + u64(k // 2)
+        blocks[place] = code if k % 2 == 0 else blocks[place] | (code << 4)
 
 
 @_kernel
-def _take_hint(block: Any, codes: Any, scale: int, hint: int, fraction: int) -> bool:
+def _take_hint(
+    values: Any, start: int, scale: int, hint: int, fraction: int, blocks: Any, packed: int
+) -> bool:
     """Put the codes at the hint in place of those at ``scale``, if all of them are exact."""
     above = hint - scale
     if above < 1 or above > 3:
         return False
     for k in range(BLOCK):
-        code, bits = i64(codes[k]) & 7, _magnitude(block[k], fraction)
+        code = (i64(blocks[packed + u64(k // 2)]) >> (k % 2 * 4)) & 7
+        bits = _magnitude(values[start + u64(k)], fraction)
         if _SHIFTED[above, code] < 0:
             return False
         if scale <= 2:
@@ -275,11 +311,8 @@ def _take_hint(block: Any, codes: Any, scale: int, hint: int, fraction: int) -> 
             exact = bits == (code << (fraction - 1)) + ((scale - 1) << fraction)
         if not exact:
             return False
-    for k in range(BLOCK):
-        code = i64(codes[k])
-        codes[k] = _SHIFTED[above, code & 7] | (code & 8)
+    for k in range(BYTES):
+        byte = i64(blocks[packed + u64(k)])
+        shifted = _SHIFTED[above, byte & 7] | (_SHIFTED[above, (byte >> 4) & 7] << 4)
+        blocks[packed + u64(k)] = shifted | (byte & 0x88)
     return True
-
-
-_encode_bf16 = _encoder(np.int16, np.int32, 7)
-_encode_f32 = _encoder(np.int32, np.int64, 23)

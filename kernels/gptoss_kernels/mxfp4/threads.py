@@ -46,6 +46,7 @@ def _pool(count: int) -> ThreadPoolExecutor:
     everyone = threading.Barrier(count + 1)
 
     def start() -> None:
+        torch.get_num_threads()  # torch sets a thread's count up on first use, and would do so later
         torch.set_num_threads(1)  # of the calling thread, and of those yet to be created
         everyone.wait()
 

@@ -23,9 +23,10 @@ from gptoss_kernels.mxfp4.form import BLOCK, LARGEST_SCALE, NAN_BITS, NAN_SCALE,
 if TYPE_CHECKING:
     from torch import Tensor
 
-# By layout: rows of a tile, words (or blocks) along K, warps.
-_DECODE_SHARE = {"whole": (1, 256, 8), "rows": (1, 256, 8), "tiles": (64, 16, 4)}
-_ENCODE_SHARE = {"whole": (1, 64, 2), "rows": (1, 64, 2), "tiles": (64, 2, 4)}
+# By layout: rows of a tile, words (or blocks) along K, warps. The fastest of some dozen on an H100.
+_DECODE_SHARE = {"whole": (1, 512, 8), "rows": (1, 256, 4), "tiles": (64, 16, 4)}
+_ENCODE_SHARE = {"whole": (1, 128, 2), "rows": (1, 64, 1), "tiles": (64, 2, 2)}
+_HINTED_SHARE = {"whole": (1, 32, 1), "rows": (1, 32, 1), "tiles": (64, 2, 2)}
 
 _LARGEST_SCALE = tl.constexpr(LARGEST_SCALE)
 _NAN_SCALE = tl.constexpr(NAN_SCALE)
@@ -58,7 +59,7 @@ def encode(view: Tensor, rule: Rule, hint: Tensor | None, blocks: Tensor, scales
     """Blocks and scales of ``view``; scale 255 and codes 0 where a block holds NaN or infinity."""
     view = _simplest(view)
     layout, pairs, long = _layout(view), _has_pairs(view), view.itemsize == 4
-    tall, wide, warps = _ENCODE_SHARE[layout]
+    tall, wide, warps = (_ENCODE_SHARE if hint is None else _HINTED_SHARE)[layout]
     bits = view.view(torch.int32 if pairs or long else torch.int16)
     programs, shape = _shape(bits, BLOCK // 2 if pairs else BLOCK, layout, tall, wide)
     made = _aligned(blocks)
@@ -355,7 +356,7 @@ def _encode(
         outer, e_step, a_step, b_step, k_step, ROW, INNER, SIZE, LAYOUT, TALL, WIDE
     )
     one, there = place[:, :, None, None], mask[:, :, None, None]
-    byte, word = tl.arange(0, 4)[:, None], tl.arange(0, 4)
+    byte, word = tl.arange(0, 4), tl.arange(0, 4)[:, None]
     pair = (word * 4 + byte).to(tl.int64)
     if PAIRS:
         pairs = tl.load(view + (offset[:, :, None, None] + pair), there, 0)
@@ -368,6 +369,6 @@ def _encode(
             even, odd = even << 16, odd << 16
     wanted = tl.load(hint + one, there, 0).to(tl.int32) if HINTED else 0
     codes, scale = _quantized(even, odd, wanted, carry, HINTED, LONG)
-    words = tl.sum(codes << (8 * byte), -2)
-    tl.store(blocks + (place[:, :, None] * 4 + word), words, mask[:, :, None])
+    words = tl.sum(codes << (8 * byte), -1)
+    tl.store(blocks + (place[:, :, None] * 4 + tl.arange(0, 4)), words, mask[:, :, None])
     tl.store(scales + one, scale.to(tl.uint8), there)
