@@ -22,7 +22,8 @@ rule never gives the source's scale; ``error`` is the policy that waits for the 
 Peers that cannot be imported are skipped, with the reason. ``--peer-path`` is a folder to find them
 in, for unpacked wheels, or the folder of Megatron-Bridge's one file:
 
-    pip download --no-deps megatron-bridge==0.6.2 && unzip megatron_bridge-*.whl -d /tmp/bridge
+    pip download --no-deps --only-binary=:all: --python-version 3.12 megatron-bridge==0.6.2
+    unzip megatron_bridge-0.6.2-*.whl -d /tmp/bridge
     python benchmarks/bench_mxfp4.py --device cpu --peers hf,bridge --peer-path /tmp/bridge
 
 A peer's ``exact`` is the share of the blocks that are as ours, where not all are.

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from gptoss_convert.types import Format, TensorSink, TensorSource
 
 log = logging.getLogger("gptoss_convert")
-RESIDENT = 320 << 20  # Python with torch imported and its threads, measured and rounded up
+RESIDENT = 432 << 20  # Python with torch and numba, compiling and threads, measured and rounded up
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,9 @@ class Encoder:
         """
         codec = output.codec
         assert codec is not None
+        lead = (rows.stop - rows.start, *output.spec.shape[1:-1])
+        if tensor.shape[: len(lead)] != lead:  # an op may leave any shape of the right order
+            tensor = tensor.reshape(*lead, output.spec.shape[-1])
         places = [(name, spec, _rows_of(spec, rows, codec)) for name, spec in output.parts]
         memory = [_empty(spec, place, scratch) for _, spec, place in places]
         parts = _encode(codec, output, rows, tensor, hints, memory)

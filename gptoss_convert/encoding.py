@@ -70,6 +70,11 @@ class Encoding:
         """The step with its outputs in the codec's form, if its rule wants that."""
         if not step.rule.quantizable:
             return step
+        problems += [
+            f"{i.name}: is F64, which a codec would have to round twice; write it as float32 first"
+            for i in step.inputs
+            if i.spec.dtype == "F64"
+        ]
         outputs = tuple(self._output(o, problems) for o in step.outputs)
         return replace(step, outputs=outputs, units=step.units if self.codec.sliceable else 1)
 

@@ -97,6 +97,8 @@ def _cost(step: Step, units: int) -> int:
     # scratch memory at most doubles when it grows
     reused = 2 * (2 * (step_bytes_in(step) + hints) + decoded)
     rewritten = sum(o.spec.nbytes for o in step.outputs)
+    if {i.spec.dtype for i in step.inputs} != {o.spec.dtype for o in step.outputs}:
+        rewritten *= 2  # once before the cast, once after it
     return (reused + rewritten) * units // step.units + 2 * waiting + slack
 
 

@@ -83,14 +83,15 @@ def measure(codec: Codec, tensor: Tensor, parts: Sequence[Tensor]) -> Loss:
     for row, back in zip(
         tensor, decoded, strict=True
     ):  # one at a time: float64 is four times as large
-        value = row.double()
-        error = back.double() - value
+        value, again = row.double(), back.double()
+        finite = value.isfinite() & again.isfinite()
+        error = (again - value)[finite]
         total += Loss(
             row.numel(),
             int((error == 0).sum()),
-            float(error.abs().max()),
+            float(error.abs().max()) if len(error) else 0.0,
             float(error.square().sum()),
-            float(value.square().sum()),
+            float(value[finite].square().sum()),
             row.numel(),
         )
     return total

@@ -155,6 +155,11 @@ class ConversionPlan:
         pairs = {(i.spec.dtype, self.dtype) for s in plain for i in s.inputs}
         return tuple(sorted(p for p in pairs if p[0] != p[1]))
 
+    @property
+    def hints_found(self) -> bool:
+        """Whether the source's own parts are at hand for what is encoded."""
+        return any(output.hints for step in self.steps for output in step.outputs)
+
     def digest(self) -> str:
         """Hash of all that decides the output's bytes, the source's content apart."""
         facts = {**self.to_json(), "config": dict(self.config), "name": self.name_or_path}
@@ -169,7 +174,7 @@ class ConversionPlan:
             "dtype": self.dtype,
             "codecs": list(self.codecs),
             "encoding": dict(self.encoding) or None,
-            "hints_found": any(o.hints for s in self.steps for o in s.outputs),
+            "hints_found": self.hints_found,
             "hints_kept": sum(step.nbytes for step in self.kept),
             "parameters": self.parameters,
             "bytes_in": self.bytes_in,

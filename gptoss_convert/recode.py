@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gptoss_convert.convert import prepare, source_codec, writing_codecs
+from gptoss_convert.encoding import bind
 from gptoss_convert.errors import CheckpointError, UsageError
 from gptoss_convert.opening import Choice, open_source, own_config
 from gptoss_convert.registry import Registry, default_registry
@@ -48,13 +50,20 @@ def prepare_quantize(
     before = registry.codec_for(config)
     if before and before.name == target.name:
         raise CheckpointError(f"{hf_model}: is {codec} already; there is nothing to quantize")
+    known = before.options if before else {}
+    reading = {name: value for name, value in choice.options.items() if name in known}
+    writing = {
+        name: value
+        for name, value in choice.options.items()
+        if name in target.options or name not in reading
+    }
     return prepare(
         "quantize",
         source,
         config,
         registry=registry,
-        choice=choice,
-        codec=before,
+        choice=replace(choice, options=writing),
+        codec=before and bind(before, reading),
         encode_as=target,
         scales_from=scales_from,
     )

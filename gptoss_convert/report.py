@@ -108,6 +108,10 @@ def _print_losses(result: Result) -> None:
     """A line if nothing was lost, else a table with a row per tensor."""
     how = _form(result.plan.encoding)
     everything = total(result.losses.values())
+    if not result.plan.hints_found:
+        click.echo(
+            f"{how}: scales are new, as the source's own were not at hand (--scales-from names them)"
+        )
     if everything.kept == everything.blocks:
         click.echo(f"{how}: all {everything.blocks:,} blocks keep their values, nothing was lost")
         return

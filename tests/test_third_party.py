@@ -446,7 +446,6 @@ def test_stored_in_its_codec(installed: Installed, hf: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="encode is given q as [groups, rows, in]: encoder.py")
 def test_exported_in_its_codec(
     installed: Installed, hf: Path, megatron: Path, tmp_path: Path
 ) -> None:

@@ -164,7 +164,7 @@ def test_mixed_values(rule: mxfp4.Rule, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("transpose", "interleave"), [pytest.param(*layout, marks=GPU) for layout in LAYOUTS]
 )
-@pytest.mark.parametrize("shape", [(3, 1442, 90), (2, 2880, 45), (1, 5760, 90)])
+@pytest.mark.parametrize("shape", [(2, 722, 90), (1, 2880, 45)])
 def test_real_sizes(shape: tuple[int, ...], transpose: bool, interleave: bool) -> None:
     check_layout(random_blocks(*shape), transpose=transpose, interleave=interleave)
 

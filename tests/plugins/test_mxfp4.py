@@ -15,6 +15,7 @@ from gptoss_convert import TensorSpec
 from gptoss_convert.encoding import bind
 from gptoss_convert.errors import EncodeError, UsageError
 from gptoss_convert.ops import Experts
+from gptoss_convert.testing import assert_codec
 from gptoss_convert.types import Codec
 from gptoss_plugins.gptoss import UNQUANTIZED
 from gptoss_plugins.mxfp4 import OPTIONS, gptoss_convert_codecs
@@ -350,3 +351,8 @@ def test_backends_agree_on_what_was_never_mxfp4() -> None:
             for part, want in zip(parts, made["reference"], strict=True):
                 assert torch.equal(part, want), (backend, dtype, rule)
     assert {"auto", "table", "reference"} <= made.keys()
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 98), (5, 96, 2), (1, 32, 35)])
+def test_keeps_the_contract_of_codecs(shape: tuple[int, ...]) -> None:
+    assert_codec(CODEC, TensorSpec(shape, "BF16"))

@@ -64,7 +64,7 @@ def encode(view: Tensor, rule: Rule, hint: Tensor | None, blocks: Tensor, scales
     programs, shape = _shape(bits, BLOCK // 2 if pairs else BLOCK, layout, tall, wide)
     made = _aligned(blocks)
     data = bits, table.carry(rule, 23), scales if hint is None else hint
-    flags = hint is not None, pairs, long
+    flags = hint is not None, rule == "floor", pairs, long
     with torch.cuda.device_of(view):
         _encode[programs,](
             *data,
@@ -180,15 +180,12 @@ def _scaled(magnitude, scale):
 
 
 @triton.jit
-def _nearest(scaled, bits):
+def _nearest(scaled, bits, CUTS: tl.constexpr):
     """Codes, ties to even, with the sign of ``bits``."""
-    rounded = (scaled + _HALF + ((scaled >> _CODE) & 1)) >> _CODE
-    return tl.minimum(rounded, 7) | ((bits >> 28) & 8)
-
-
-@triton.jit
-def _off_grid(scaled, magnitude):
-    return ((scaled & _FRACTION) != 0) | ((scaled == 0) & (magnitude != 0))
+    code = (scaled + _HALF + ((scaled >> _CODE) & 1)) >> _CODE
+    if CUTS:
+        code = tl.minimum(code, 7)
+    return code | ((bits >> 28) & 8)
 
 
 @triton.jit
@@ -198,7 +195,24 @@ def _most(x):
 
 
 @triton.jit
-def _quantized(even, odd, hint, carry, HINTED: tl.constexpr, LONG: tl.constexpr):
+def _below_zero(bits):
+    return (-bits).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _fits(low, high, scale):
+    """Whether a block is exact at a scale that is above what the rule gives."""
+    # Code 1 is the least it can hold, zeros apart, which are the least of all when negated.
+    nearest = _most(tl.maximum(_below_zero(low), _below_zero(high)))
+    half = _power(scale - 1).to(tl.int32, bitcast=True)
+    lost = (_scaled(low, scale) | _scaled(high, scale)) & _FRACTION
+    return (nearest <= _below_zero(half)) & (_most(lost) == 0)
+
+
+@triton.jit
+def _quantized(
+    even, odd, hint, carry, HINTED: tl.constexpr, CUTS: tl.constexpr, LONG: tl.constexpr
+):
     """Float32 bits of a block's even and odd elements -> its bytes and its scale.
 
     Args:
@@ -207,6 +221,7 @@ def _quantized(even, odd, hint, carry, HINTED: tl.constexpr, LONG: tl.constexpr)
         hint: ``[..., 1, 1]``.
         carry: the rule, as what makes its ``m`` overflow into the exponent.
         HINTED: whether there is a hint.
+        CUTS: whether by the rule some magnitudes are past the largest code.
         LONG: whether fractions are longer than bfloat16's.
 
     Returns:
@@ -227,9 +242,9 @@ def _quantized(even, odd, hint, carry, HINTED: tl.constexpr, LONG: tl.constexpr)
         wanted = tl.where((hint != _NAN_SCALE) & (near | (largest == 0)), hint, scale)
         # Most programs find nothing to do here, and then the hint costs its reading only.
         if tl.max(wanted ^ scale, None) != 0:
-            off = _off_grid(_scaled(low, wanted), low) | _off_grid(_scaled(high, wanted), high)
-            scale = tl.where(_most(off.to(tl.int32)) == 0, wanted, scale)
-    codes = _nearest(_scaled(low, scale), even) | (_nearest(_scaled(high, scale), odd) << 4)
+            scale = tl.where(_fits(low, high, wanted), wanted, scale)
+    codes = _nearest(_scaled(low, scale), even, CUTS)
+    codes |= _nearest(_scaled(high, scale), odd, CUTS) << 4
     codes = tl.where(largest == _INFINITY, 0, codes)
     scale = tl.where(largest == _INFINITY, _NAN_SCALE, scale)
     return codes, scale
@@ -347,6 +362,7 @@ def _encode(
     TALL: tl.constexpr,
     WIDE: tl.constexpr,
     HINTED: tl.constexpr,
+    CUTS: tl.constexpr,
     PAIRS: tl.constexpr,
     LONG: tl.constexpr,
 ):
@@ -361,14 +377,18 @@ def _encode(
     if PAIRS:
         pairs = tl.load(view + (offset[:, :, None, None] + pair), there, 0)
         even, odd = pairs << 16, pairs & -0x10000
+    elif LAYOUT != "tiles":  # neighbours in one load
+        at = offset[:, :, None, None] + tl.arange(0, 4)[:, None] * 8 + tl.arange(0, 8)
+        values = tl.load(view + at, there, 0).to(tl.int32)
+        even, odd = tl.split(tl.reshape(values, (TALL, WIDE, 4, 4, 2)))
     else:
         at = offset[:, :, None, None] + pair * (2 * k_step)
         even = tl.load(view + at, there, 0).to(tl.int32)
         odd = tl.load(view + (at + k_step), there, 0).to(tl.int32)
-        if not LONG:
-            even, odd = even << 16, odd << 16
+    if not (PAIRS or LONG):
+        even, odd = even << 16, odd << 16
     wanted = tl.load(hint + one, there, 0).to(tl.int32) if HINTED else 0
-    codes, scale = _quantized(even, odd, wanted, carry, HINTED, LONG)
+    codes, scale = _quantized(even, odd, wanted, carry, HINTED, CUTS, LONG)
     words = tl.sum(codes << (8 * byte), -1)
     tl.store(blocks + (place[:, :, None] * 4 + tl.arange(0, 4)), words, mask[:, :, None])
     tl.store(scales + one, scale.to(tl.uint8), there)
