@@ -353,6 +353,6 @@ def test_backends_agree_on_what_was_never_mxfp4() -> None:
     assert {"auto", "table", "reference"} <= made.keys()
 
 
-@pytest.mark.parametrize("shape", [(3, 64, 98), (5, 96, 2), (1, 32, 35)])
+@pytest.mark.parametrize("shape", [(3, 64, 98), (5, 96, 2), (2, 32, 35)])
 def test_keeps_the_contract_of_codecs(shape: tuple[int, ...]) -> None:
     assert_codec(CODEC, TensorSpec(shape, "BF16"))

@@ -255,18 +255,9 @@ def _quantized(
 
 @triton.jit
 def _units(
-    outer,
-    e_step,
-    a_step,
-    b_step,
-    k_step,
-    ROW: tl.constexpr,
-    INNER: tl.constexpr,
-    SIZE: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    TALL: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    outer, e_step, a_step, b_step, k_step, ROW: tl.constexpr, INNER: tl.constexpr,
+    SIZE: tl.constexpr, LAYOUT: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """The units (words or blocks) of a program.
 
     Args:
@@ -319,20 +310,10 @@ def _units(
 
 @triton.jit
 def _decode(
-    blocks,
-    scales,
-    view,
-    outer,
-    e_step,
-    a_step,
-    b_step,
-    k_step,
-    ROW: tl.constexpr,
-    INNER: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    TALL: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    blocks, scales, view,
+    outer, e_step, a_step, b_step, k_step, ROW: tl.constexpr, INNER: tl.constexpr,
+    LAYOUT: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """A word to a lane: 4 bytes in, and 16 out, the widest store there is."""
     place, offset, mask = _units(
         outer, e_step, a_step, b_step, k_step, ROW, INNER, 8, LAYOUT, TALL, WIDE
@@ -346,26 +327,11 @@ def _decode(
 
 @triton.jit
 def _encode(
-    view,
-    carry,
-    hint,
-    blocks,
-    scales,
-    outer,
-    e_step,
-    a_step,
-    b_step,
-    k_step,
-    ROW: tl.constexpr,
-    INNER: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    TALL: tl.constexpr,
-    WIDE: tl.constexpr,
-    HINTED: tl.constexpr,
-    CUTS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    LONG: tl.constexpr,
-):
+    view, carry, hint, blocks, scales,
+    outer, e_step, a_step, b_step, k_step, ROW: tl.constexpr, INNER: tl.constexpr,
+    LAYOUT: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
+    HINTED: tl.constexpr, CUTS: tl.constexpr, PAIRS: tl.constexpr, LONG: tl.constexpr,
+):  # fmt: skip
     """Four bytes to a lane, as pairs of bfloat16: 16 bytes in, and 4 out."""
     SIZE: tl.constexpr = 16 if PAIRS else 32
     place, offset, mask = _units(
