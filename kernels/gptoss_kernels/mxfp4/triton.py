@@ -46,44 +46,32 @@ def decode(blocks: Tensor, scales: Tensor, view: Tensor) -> None:
     """``view[e, a, b, :]`` from row ``a * B + b`` of expert ``e``; exact."""
     view = _simplest(view)
     layout = _layout(view)
-    tall, wide, warps = _DECODE_SHARE[layout]
-    programs, shape = _shape(view, 8, layout, tall, wide)
+    *share, warps = _DECODE_SHARE[layout]
+    programs, shape = _shape(view, 8, layout, *share)
     packed = _aligned(blocks).view(torch.int32), scales
     with torch.cuda.device_of(view):
-        _decode[programs,](
-            *packed, view.view(torch.int16), *shape, layout, tall, wide, num_warps=warps
-        )
+        _decode[programs,](*packed, view.view(torch.int16), *shape, num_warps=warps)
 
 
 def encode(view: Tensor, rule: Rule, hint: Tensor | None, blocks: Tensor, scales: Tensor) -> None:
     """Blocks and scales of ``view``; scale 255 and codes 0 where a block holds NaN or infinity."""
     view = _simplest(view)
     layout, pairs, long = _layout(view), _has_pairs(view), view.itemsize == 4
-    tall, wide, warps = (_ENCODE_SHARE if hint is None else _HINTED_SHARE)[layout]
+    *share, warps = (_ENCODE_SHARE if hint is None else _HINTED_SHARE)[layout]
     bits = view.view(torch.int32 if pairs or long else torch.int16)
-    programs, shape = _shape(bits, BLOCK // 2 if pairs else BLOCK, layout, tall, wide)
+    programs, shape = _shape(bits, BLOCK // 2 if pairs else BLOCK, layout, *share)
     made = _aligned(blocks)
     data = bits, table.carry(rule, 23), scales if hint is None else hint
     flags = hint is not None, rule == "floor", pairs, long
     with torch.cuda.device_of(view):
-        _encode[programs,](
-            *data,
-            made.view(torch.int32),
-            scales,
-            *shape,
-            layout,
-            tall,
-            wide,
-            *flags,
-            num_warps=warps,
-        )
+        _encode[programs,](*data, made.view(torch.int32), scales, *shape, *flags, num_warps=warps)
     if made is not blocks:
         blocks.copy_(made)
 
 
 def _simplest(view: Tensor) -> Tensor:
     """The same rows in the same order, with E the slowest and B one if that can be had."""
-    if view.shape[2] == 1 and view.stride(0) < view.stride(1):
+    if view.shape[2] == 1 < view.shape[0] and view.stride(0) < view.stride(1):
         view = view.transpose(0, 2).transpose(1, 2)  # [E, A, 1, K] -> [1, E, A, K]
     if view.stride(1) == view.shape[2] * view.stride(2):
         view = view.flatten(1, 2).unsqueeze(2)
@@ -104,15 +92,17 @@ def _layout(view: Tensor) -> str:
     return "rows" if view.stride(3) == 1 else "tiles"
 
 
-def _shape(view: Tensor, size: int, layout: str, tall: int, wide: int) -> tuple[int, list[int]]:
-    """The number of programs, and the arguments of ``_units`` from ``outer`` to ``INNER``."""
+def _shape(
+    view: Tensor, size: int, layout: str, tall: int, wide: int
+) -> tuple[int, tuple[int | str, ...]]:
+    """The number of programs, and the arguments of ``_units`` in the kernels' order."""
     experts, outer, inner, width = view.shape
     row = width // size
     if layout == "tiles":
         programs = experts * inner * triton.cdiv(outer, tall) * triton.cdiv(row, wide)
     else:
         programs = experts * triton.cdiv(outer * inner * row, wide)
-    return programs, [outer, *view.stride(), row, inner]
+    return programs, (outer, *view.stride(), row, inner, layout, tall, wide)
 
 
 def _aligned(blocks: Tensor) -> Tensor:
@@ -196,14 +186,18 @@ def _most(x):
 
 @triton.jit
 def _below_zero(bits):
+    """As unsigned numbers: the nearer to zero the larger, and zero itself the least."""
     return (-bits).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def _fits(low, high, scale):
-    """Whether a block is exact at a scale that is above what the rule gives."""
-    # Code 1 is the least it can hold, zeros apart, which are the least of all when negated.
-    nearest = _most(tl.maximum(_below_zero(low), _below_zero(high)))
+    """Whether a block is exact at a scale that is above what the rule gives.
+
+    It is if nothing but zero is below code 1, and no fraction is left. Counting instructions pays:
+    here integer arithmetic, not memory, is what takes the time.
+    """
+    nearest = _most(tl.maximum(_below_zero(low), _below_zero(high)))  # to zero
     half = _power(scale - 1).to(tl.int32, bitcast=True)
     lost = (_scaled(low, scale) | _scaled(high, scale)) & _FRACTION
     return (nearest <= _below_zero(half)) & (_most(lost) == 0)
@@ -258,20 +252,9 @@ def _units(
     outer, e_step, a_step, b_step, k_step, ROW: tl.constexpr, INNER: tl.constexpr,
     SIZE: tl.constexpr, LAYOUT: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The units (words or blocks) of a program.
+    """The units (words or blocks, of ``SIZE`` elements) of a program; a row of K has ``ROW``.
 
-    Args:
-        outer: the size of A, and the strides of the view.
-        e_step: see there.
-        a_step: see there.
-        b_step: see there.
-        k_step: see there.
-        ROW: units in a row.
-        INNER: the size of B.
-        SIZE: elements of the view in a unit.
-        LAYOUT: see ``_layout``.
-        TALL: rows of a tile, all of one b; 1 in a run.
-        WIDE: units of each.
+    Either a tile of ``TALL`` rows of one b by ``WIDE`` units, or a run of ``WIDE``, with ``TALL`` 1.
 
     Returns:
         ``[TALL, WIDE]``: places in stored order, first places in the view, and which units exist.
@@ -332,7 +315,7 @@ def _encode(
     LAYOUT: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
     HINTED: tl.constexpr, CUTS: tl.constexpr, PAIRS: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
-    """Four bytes to a lane, as pairs of bfloat16: 16 bytes in, and 4 out."""
+    """Neighbours along K are read together where they can be; with ``PAIRS`` as one word."""
     SIZE: tl.constexpr = 16 if PAIRS else 32
     place, offset, mask = _units(
         outer, e_step, a_step, b_step, k_step, ROW, INNER, SIZE, LAYOUT, TALL, WIDE
