@@ -109,7 +109,11 @@ class Assignment(click.ParamType[tuple[str, str]]):
 
 
 decode_options = _options(
-    click.option("--codec-backend", metavar="NAME", help="What the codec computes with."),
+    click.option(
+        "--codec-backend",
+        metavar="NAME",
+        help="What mxfp4 computes with: auto (default), triton, numba, table, reference.",
+    ),
     click.option(
         "--codec-option",
         type=Assignment(),
