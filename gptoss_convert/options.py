@@ -112,7 +112,7 @@ decode_options = _options(
     click.option(
         "--codec-backend",
         metavar="NAME",
-        help="What mxfp4 computes with: auto (default), triton, numba, table, reference.",
+        help="What the codec computes with: auto (default), triton, numba, table, reference.",
     ),
     click.option(
         "--codec-option",
@@ -125,12 +125,12 @@ encode_options = _options(
     click.option(
         "--scale-rule",
         metavar="NAME",
-        help="How mxfp4 chooses a block's scale: even (default), floor, round_up.",
+        help="How the codec chooses a block's scale: even (default), floor, round_up.",
     ),
     click.option(
         "--on-nonfinite",
         metavar="NAME",
-        help="What mxfp4 does with NaN and infinity: error (default), nan, saturate.",
+        help="What the codec does with NaN and infinity: error (default), nan, saturate.",
     ),
 )
 common_options = _options(

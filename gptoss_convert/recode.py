@@ -43,26 +43,24 @@ def prepare_quantize(
     registry, choice = registry or default_registry(), choice or Choice()
     source = open_source(hf_model, "hf", registry=registry, choice=choice, revision=revision)
     config = own_config(source)
-    target = writing_codecs(registry).get(codec)
+    writing = writing_codecs(registry)
+    target = writing.get(codec)
     if target is None:
-        can = " or ".join(writing_codecs(registry)) or "there is none"
+        can = " or ".join(writing) or "there is none"
         raise UsageError(f"--codec {codec}: is no codec that can write; choose {can}")
     before = registry.codec_for(config)
     if before and before.name == target.name:
         raise CheckpointError(f"{hf_model}: is {codec} already; there is nothing to quantize")
-    known = before.options if before else {}
-    reading = {name: value for name, value in choice.options.items() if name in known}
-    writing = {
-        name: value
-        for name, value in choice.options.items()
-        if name in target.options or name not in reading
-    }
+    # An option of both codecs goes to both; one of neither goes to the target, which refuses it.
+    options = choice.options.items()
+    reading = {name: value for name, value in options if before and name in before.options}
+    rest = {name: v for name, v in options if name in target.options or name not in reading}
     return prepare(
         "quantize",
         source,
         config,
         registry=registry,
-        choice=replace(choice, options=writing),
+        choice=replace(choice, options=rest),
         codec=before and bind(before, reading),
         encode_as=target,
         scales_from=scales_from,
