@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _DIRECT = 1 << 16  # blocks in a job that works in place
 _STAGED = 1 << 14  # blocks in a job that goes through a buffer, which should stay in the cache
+_PAST_CACHE = 32 << 20  # bytes; a larger result would push out all else, and not stay itself
+LINE = 64  # bytes of a cache line, and of a decoded block
 _FRACTION = {16: 7, 32: 23}  # fraction bits, by width
 
 
@@ -51,12 +53,13 @@ def decode(blocks: Tensor, scales: Tensor, view: Tensor) -> None:
     """``view[e, a, b, :]`` from row ``a * B + b`` of expert ``e``; exact."""
     direct = _is_direct(view)
     pairs = table.pairs(view.device).numpy()
+    stream = direct and view.nbytes >= _PAST_CACHE and _on_lines(view)
 
     def work(chunk: tuple[tuple[int, slice], Tensor]) -> None:
         part, rows = chunk
         made = rows if direct else scratch(0, rows.shape, rows.dtype, rows.device)
         packed = blocks[part].view(-1).numpy(), scales[part].numpy()
-        _decode_rows(*packed, _flat(made, torch.int32), *_halves(made), pairs)
+        _decode_rows(*packed, _flat(made, torch.int32), *_halves(made), pairs, stream)
         if not direct:
             rows.copy_(made)
 
@@ -88,6 +91,12 @@ def _is_direct(view: Tensor) -> bool:
     return view.stride(-1) == 1 and even
 
 
+def _on_lines(view: Tensor) -> bool:
+    """Whether every row begins on a cache line."""
+    starts = (view.data_ptr(), *(s * view.itemsize for s in view.stride()[:-1]))
+    return all(start % LINE == 0 for start in starts)
+
+
 def _halves(rows: Tensor) -> tuple[int, int, int]:
     """Inner rows, and both strides, in pairs of values."""
     return rows.shape[1], rows.stride(0) // 2, rows.stride(1) // 2
@@ -103,53 +112,9 @@ def _flat(rows: Tensor, dtype: torch.dtype) -> Any:
 # --- decoding ------------------------------------------------------------------------------------
 
 
-@_inline
-def _two_values(byte: Any, exponent: Any) -> Any:
-    """Both codes of a byte as bfloat16 bits in one word, for scale bytes 2 to 252.
-
-    Code c >= 2 is ``c << 6`` plus ``(scale - 1) << 7``, which ``exponent`` holds twice: its first
-    two bits count up the exponent, its last is the first bit of the fraction. Code 1 is one power
-    of two without that bit, code 0 is nothing.
-    """
-    codes = (byte | (byte << i32(12))) & i32(0x000F000F)
-    magnitude = codes & i32(0x00070007)
-    upper = ((magnitude >> i32(1)) | (magnitude >> i32(2))) & i32(0x00010001)
-    lowest = magnitude & i32(0x00010001)
-    one = lowest & ~upper
-    mask = (upper | lowest) * i32(0xFFFF)
-    bits = (magnitude << i32(6)) + exponent - (one << i32(6))
-    return (bits & mask) | ((codes & i32(0x00080008)) << i32(12))
-
-
-@_kernel
-def _decode_rows(
-    blocks: Any, scales: Any, out: Any, inner: int, outer_step: int, inner_step: int, pairs: Any
-) -> None:
-    """Rows ``[R, G]`` of scales to places ``a * outer_step + b * inner_step`` of ``out``."""
-    rows, groups = scales.shape
-    source = u64(0)
-    for row in range(rows):
-        place = u64((row // inner) * outer_step + (row % inner) * inner_step)
-        for group in range(groups):
-            scale = i32(scales[row, group])
-            if 2 <= scale <= 252:
-                exponent = (scale - i32(1)) * i32(0x00800080)
-                for k in range(16):
-                    out[place + u64(k)] = _two_values(i32(blocks[source + u64(k)]), exponent)
-            else:  # subnormal, infinite or NaN
-                for k in range(16):
-                    both = (u64(scale) << u64(8)) | u64(blocks[source + u64(k)])
-                    out[place + u64(k)] = pairs[both]
-            place += u64(16)
-            source += u64(16)
-
-
-# --- encoding ------------------------------------------------------------------------------------
-
-
-# What is done to every block is written for LLVM's vectors, all 32 values at once. From loops, numba
-# would widen the values to 64 bits, and LLVM unroll them into scalar steps before it looks for
-# vectors, which is three times slower. On a CPU with shorter vectors LLVM splits these.
+# What is done to every block is written for LLVM's vectors, all of it at once, here and below. From
+# loops, numba would widen the values to 64 bits, and LLVM unroll them into scalar steps before it
+# looks for vectors. On a CPU with shorter vectors LLVM splits these.
 
 
 def _block(context: Any, builder: Any, array: Any, kind: Any, start: Any, count: int) -> Any:
@@ -161,6 +126,107 @@ def _block(context: Any, builder: Any, array: Any, kind: Any, start: Any, count:
 
 def _like(vector: Any, number: int) -> Any:
     return ir.Constant(vector.type, [number] * vector.type.count)
+
+
+def _repeat(builder: Any, number: Any, like: Any) -> Any:
+    once = builder.insert_element(_like(like, 0), number, ir.IntType(32)(0))
+    return builder.shuffle_vector(once, once, _places([0] * like.type.count))
+
+
+def _places(places: list[int]) -> Any:
+    return ir.Constant(ir.VectorType(ir.IntType(32), len(places)), places)
+
+
+def _storing(*, past_cache: bool) -> Any:
+    """A function that decodes a block of scale 2 to 252; ``past_cache`` needs an aligned place."""
+
+    @numba.extending.intrinsic
+    def store(typing: Any, blocks: Any, source: Any, exponent: Any, out: Any, place: Any) -> Any:
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            packed, begin, exponent_, values, place_ = arguments
+            data = builder.load(_block(context, builder, packed, blocks, begin, BYTES), align=1)
+            words = builder.zext(data, ir.VectorType(ir.IntType(32), BYTES))
+            made = _two_values(builder, words, _repeat(builder, exponent_, words))
+            target = _block(context, builder, values, out, place_, BYTES)
+            done = builder.store(made, target, align=LINE if past_cache else 4)
+            if past_cache:
+                yes = builder.module.add_metadata([ir.IntType(32)(1)])
+                done.set_metadata("nontemporal", yes)
+            return context.get_dummy_value()
+
+        return numba.types.none(blocks, source, numba.types.int32, out, place), emit
+
+    return store
+
+
+_store_values, _stream_values = _storing(past_cache=False), _storing(past_cache=True)
+
+
+def _two_values(b: Any, byte: Any, exponent: Any) -> Any:
+    """Both codes of each byte as bfloat16 bits, one word for two.
+
+    Magnitude c >= 2 is ``c << 6`` plus ``(scale - 1) << 7``, which ``exponent`` holds twice: its first
+    two bits count up the exponent, its last is the first bit of the fraction. Magnitude 1 is
+    a power of two, without that bit; 0 is nothing.
+    """
+    halves = ir.VectorType(ir.IntType(16), 2 * BYTES)
+    codes = b.bitcast(b.or_(byte, b.shl(byte, _like(byte, 12))), halves)
+    magnitude = b.and_(codes, _like(codes, 7))
+    none, one = (b.icmp_signed("==", magnitude, _like(codes, n)) for n in (0, 1))
+    counted = b.shl(b.add(magnitude, b.sext(one, halves)), _like(codes, 6))
+    bits = b.select(none, _like(codes, 0), b.add(counted, b.bitcast(exponent, halves)))
+    sign = b.shl(b.and_(codes, _like(codes, 8)), _like(codes, 12))
+    return b.bitcast(b.or_(bits, sign), byte.type)
+
+
+@numba.extending.intrinsic
+def _fence(typing: Any) -> Any:
+    """Order stores past the cache before whatever tells another thread that they are done."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return numba.types.none(), emit
+
+
+@_kernel
+def _decode_rows(
+    blocks: Any,
+    scales: Any,
+    out: Any,
+    inner: int,
+    outer_step: int,
+    inner_step: int,
+    pairs: Any,
+    stream: bool,
+) -> None:
+    """Rows ``[R, G]`` of scales to places ``a * outer_step + b * inner_step`` of ``out``.
+
+    ``stream`` writes past the cache; every row has to begin on a cache line then.
+    """
+    rows, groups = scales.shape
+    source = u64(0)
+    for row in range(rows):
+        place = u64((row // inner) * outer_step + (row % inner) * inner_step)
+        for group in range(groups):
+            scale = i32(scales[row, group])
+            exponent = (scale - i32(1)) * i32(0x00800080)
+            if not 2 <= scale <= 252:  # subnormal, infinite or NaN
+                for k in range(BYTES):
+                    both = (u64(scale) << u64(8)) | u64(blocks[source + u64(k)])
+                    out[place + u64(k)] = pairs[both]
+            elif stream:
+                _stream_values(blocks, source, exponent, out, place)
+            else:
+                _store_values(blocks, source, exponent, out, place)
+            place += u64(BYTES)
+            source += u64(BYTES)
+    if stream:
+        _fence()
+
+
+# --- encoding ------------------------------------------------------------------------------------
 
 
 @numba.extending.intrinsic
@@ -201,8 +267,7 @@ def _codes(b: Any, x: Any, base: Any, fraction: int) -> Any:
     """The steps of ``table.py``, on the vector ``x``; ``base`` is subtracted from each magnitude."""
     step = fraction - 1
     magnitude = b.and_(x, _like(x, (1 << (8 + fraction)) - 1))
-    once = b.insert_element(_like(x, 0), base, ir.IntType(32)(0))
-    t = b.sub(magnitude, b.shuffle_vector(once, once, _places([0] * BLOCK)))
+    t = b.sub(magnitude, _repeat(b, base, x))
     near = b.add(t, b.and_(b.ashr(t, _like(t, step)), _like(t, 1)))
     near = b.ashr(b.add(near, _like(t, (1 << (step - 1)) - 1)), _like(t, step))
     near = b.select(b.icmp_signed("<", near, _like(t, 9)), near, _like(t, 9))
@@ -215,10 +280,6 @@ def _codes(b: Any, x: Any, base: Any, fraction: int) -> Any:
 
 def _every_other(builder: Any, vector: Any, first: int) -> Any:
     return builder.shuffle_vector(vector, vector, _places(list(range(first, BLOCK, 2))))
-
-
-def _places(places: list[int]) -> Any:
-    return ir.Constant(ir.VectorType(ir.IntType(32), len(places)), places)
 
 
 @_kernel
