@@ -19,6 +19,7 @@ from gptoss_convert.options import (
     hf_model_option,
     hf_path_option,
     keep_scales_option,
+    layout_options,
     megatron_option,
     revision_option,
     run_options,
@@ -29,6 +30,7 @@ from gptoss_convert.program import (
     Program,
     choice_of,
     echo_json,
+    layout_of,
     registry_of,
     required,
     run_conversion,
@@ -81,6 +83,7 @@ def run() -> None:
 @megatron_option
 @torch_dtype_option
 @keep_scales_option
+@layout_options
 @decode_options
 @run_options
 @common_options
@@ -93,9 +96,14 @@ def import_(
     megatron_path: Path | None,
     torch_dtype: str | None,
     keep_scales: bool,
+    dialect: str | None,
     **rest: Any,
 ) -> None:
-    """Hugging Face checkpoint -> Megatron checkpoint."""
+    """Hugging Face checkpoint -> Megatron checkpoint.
+
+    --format torch_dist (default) is one checkpoint for every parallel layout; torch is a file per
+    rank of the layout that --tp, --pp, --vpp, --ep and --etp name.
+    """
     from gptoss_convert.convert import prepare_import
 
     target = required(megatron_path, "--megatron-path")
@@ -106,6 +114,8 @@ def import_(
         choice=choice_of(**rest),
         revision=hf_revision,
         keep_scales=keep_scales,
+        layout=layout_of(**rest),
+        dialect=dialect,
     )
     run_conversion(conversion, target, **rest)
 

@@ -17,6 +17,7 @@ from gptoss_convert.dtypes import from_torch_name, torch_name
 from gptoss_convert.encoding import Encoding, bind
 from gptoss_convert.errors import CheckpointError, ConvertError, UsageError
 from gptoss_convert.execute import DEFAULT_MAX_MEMORY, Progress
+from gptoss_convert.layout import Layout, Parameter, pieces
 from gptoss_convert.opening import (
     Choice,
     config_of,
@@ -25,8 +26,9 @@ from gptoss_convert.opening import (
     open_source,
     own_config,
 )
-from gptoss_convert.plan import make_plan, to_megatron
+from gptoss_convert.plan import Target, make_plan, parameters, to_megatron
 from gptoss_convert.registry import Registry, default_registry
+from gptoss_convert.types import MegatronSource
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,6 +59,8 @@ def prepare_import(
     revision: str | None = None,
     headers_only: bool = False,
     keep_scales: bool = True,
+    layout: Layout | None = None,
+    dialect: str | None = None,
 ) -> Conversion:
     """Plan Hugging Face -> Megatron.
 
@@ -70,6 +74,8 @@ def prepare_import(
         headers_only: only look at the plan; shards may hold no data yet.
         keep_scales: keep the scales of a quantized source beside the Megatron checkpoint, so
             that an export can give its bytes back.
+        layout: the parallel layout to write for, of a format that depends on it.
+        dialect: which of the format's ways to name things.
 
     Raises:
         ConvertError: everything that does not fit, at once.
@@ -97,6 +103,7 @@ def prepare_import(
         codec=source_codec(config, registry, choice),
         hub_id=hub_id,
         keep_hints=keep_scales,
+        target=Target(layout or Layout(), dialect or ""),
     )
 
 
@@ -227,9 +234,13 @@ def prepare(
     keep_hints: bool = False,
     encode_as: Codec | None = None,
     scales_from: str | Path | None = None,
+    target: Target | None = None,
 ) -> Conversion:
     """Plan any direction; arguments as for ``make_plan`` and the functions above."""
     family = registry.model_for(config, choice.model)
+    known = parameters(family, config, str(source.path))
+    if isinstance(source, MegatronSource):
+        source.arrange(known)
     encoding = hints = None
     if encode_as:
         hints = find_hints(encode_as, source, scales_from, registry)
@@ -254,16 +265,32 @@ def prepare(
         name_or_path=hub_id,
         encoding=encoding,
         keep_hints=keep_hints,
+        target=target,
     )
-    side: Side = "megatron" if direction == "import" else "hf"
-    target = _target_format(side, registry, choice)
-    return Conversion(plan, source, target, registry, hints=hints)
+    side: Side = "megatron" if direction in ("import", "reshard") else "hf"
+    format_ = _target_format(side, registry, choice)
+    if target:
+        _check_target(target, known, format_, registry)
+    return Conversion(plan, source, format_, registry, hints=hints)
+
+
+def _check_target(
+    target: Target, known: Mapping[str, Parameter], format_: Format, registry: Registry
+) -> None:
+    """Raise UsageError unless the format has the dialect and the layout divides the model."""
+    if target.dialect and target.dialect not in format_.dialects:
+        choices = " or ".join(format_.dialects) or "leave --dialect out"
+        raise UsageError(
+            f"--dialect {target.dialect}: format {format_.name} has none of that name; {choices}"
+        )
+    for parameter in known.values():
+        pieces(parameter, target.layout, registry.resharders())
 
 
 def _target_format(side: Side, registry: Registry, choice: Choice) -> Format:
     formats = registry.formats(side)
-    only = next(iter(formats)) if len(formats) == 1 else None
-    name = choice.format if choice.format in formats else only
+    default = [name for name, f in formats.items() if f.preferred or len(formats) == 1]
+    name = choice.format if choice.format in formats else next(iter(default), None)
     if name is None:
         raise ConvertError(
             f"choose the format to write with --format {' or '.join(sorted(formats))}"
@@ -277,6 +304,8 @@ def import_checkpoint(
     *,
     torch_dtype: str | None = None,
     keep_scales: bool = True,
+    layout: Layout | None = None,
+    dialect: str | None = None,
     registry: Registry | None = None,
     choice: Choice | None = None,
     revision: str | None = None,
@@ -293,6 +322,8 @@ def import_checkpoint(
         choice=choice,
         revision=revision,
         keep_scales=keep_scales,
+        layout=layout,
+        dialect=dialect,
     )
     return conversion.run(
         megatron_path,

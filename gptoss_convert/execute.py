@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from gptoss_convert.dtypes import torch_dtype
 from gptoss_convert.encoder import Encoder
 from gptoss_convert.errors import ConvertError, MismatchError, ResourceError
+from gptoss_convert.layout import take
 from gptoss_convert.loss import Loss, load, save
 from gptoss_convert.ops import Copy
 from gptoss_convert.plan import ConversionPlan, Group, Output, Step, step_bytes_in
@@ -103,30 +104,45 @@ def _cost(step: Step, units: int) -> int:
 
 
 def _units_per_piece(step: Step, share: int) -> int:
-    wanted = max(1, PIECE_BYTES * step.units // max(1, step.nbytes))
+    made = sum(o.spec.nbytes if o.box else o.nbytes for o in step.outputs)
+    wanted = max(1, PIECE_BYTES * step.units // max(1, made))
     fitting = max(1, share // max(1, _cost(step, 1)))
     return min(step.units, wanted, fitting)
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Units ``[start, stop)`` of a step."""
+    """Units ``[start, stop)`` of a step; ``before`` units of it have been written."""
 
     step: Step
     start: int
     stop: int
+    before: int
 
     def rows(self, size: int) -> slice:
         """The piece's part of a dim 0 of ``size``."""
         each = size // self.step.units
         return slice(self.start * each, self.stop * each)
 
+    def place(self, output: Output) -> slice:
+        """The rows of dim 0 of what is written that the piece makes."""
+        if not output.spec.shape:
+            return slice(0, 1)
+        each = output.spec.shape[0] // self.step.units
+        count = (self.stop - self.start) * each
+        if output.box and self.step.units == 1:
+            count = output.written.shape[0]
+        return slice(self.before * each, self.before * each + count)
+
 
 def _pieces(group: Group, budget: Budget) -> Iterator[_Piece]:
     for step in group.steps:
-        size = _units_per_piece(step, budget.per_worker)
-        for start in range(0, step.units, size):
-            yield _Piece(step, start, min(start + size, step.units))
+        size, before = _units_per_piece(step, budget.per_worker), 0
+        for first, last in step.runs:
+            for start in range(first, last, size):
+                stop = min(start + size, last)
+                yield _Piece(step, start, stop, before)
+                before += stop - start
 
 
 class _Memory:
@@ -301,26 +317,27 @@ class Executor:
             for i, parts in zip(piece.step.inputs, stored.inputs, strict=True)
         ]
         op = piece.step.rule.op
-        if self._plan.direction == "export":
+        if self._plan.direction in ("export", "reshard"):
             _require_equal(piece.step.inputs, tensors)
-            made = op.inverse(tensors[0])
-        else:
-            made = (op.forward(tensors),)
+        made = (
+            op.inverse(tensors[0]) if self._plan.direction == "export" else (op.forward(tensors),)
+        )
         for output, tensor, hints in zip(piece.step.outputs, made, stored.hints, strict=True):
-            rows = piece.rows(output.spec.shape[0]) if output.spec.shape else slice(0, 1)
             if tensor.numel() * piece.step.units != output.spec.numel * (piece.stop - piece.start):
                 raise ConvertError(
-                    f"{output.name}: {op} made {list(tensor.shape)} for rows {rows.start} to "
-                    f"{rows.stop} of {output.spec}; the op is wrong, report it to its plugin"
+                    f"{output.name}: {op} made {list(tensor.shape)} for units {piece.start} to "
+                    f"{piece.stop} of {output.spec}; the op is wrong, report it to its plugin"
                 )
+            rows = piece.place(output)
             if output.codec:
                 self._validate(output.name, rows, tensor)
                 encoder.write(output, rows, tensor, hints, scratch)
+                self._progress(output.nbytes * (piece.stop - piece.start) // piece.step.units)
             else:
-                tensor = cast(tensor, output.spec.dtype, output.name)
+                tensor = cast(_part(tensor, output, piece), output.spec.dtype, output.name)
                 self._validate(output.name, rows, tensor)
                 writer.write(output.name, rows, tensor)
-            self._progress(output.nbytes * (piece.stop - piece.start) // piece.step.units)
+                self._progress(tensor.nbytes)
 
     def _decode(
         self, of: Input, parts: Sequence[Tensor], scratch: Scratch, *, as_is: bool
@@ -346,6 +363,19 @@ class Executor:
             for finding in validator.check(self._plan, name, rows, tensor):
                 if finding.severity == "error":
                     raise MismatchError(f"{finding.where}: {finding.what}; {finding.remedy}")
+
+
+def _part(tensor: Tensor, output: Output, piece: _Piece) -> Tensor:
+    """What one rank has of a piece."""
+    inner = output.box[1:]
+    cut_rows = bool(output.box) and piece.step.units == 1
+    if not cut_rows and all(
+        r == ((0, size),) for r, size in zip(inner, output.spec.shape[1:], strict=False)
+    ):
+        return tensor
+    whole = tensor.reshape(-1, *output.spec.shape[1:])
+    rows = output.box[0] if cut_rows else ((0, len(whole)),)
+    return take(whole, (rows, *inner))
 
 
 def _require_equal(inputs: Sequence[Input], tensors: Sequence[Tensor]) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from gptoss_convert.types import Codec, Rule, TensorSpec
 
-Direction = Literal["import", "export", "quantize", "dequantize"]
+Direction = Literal["import", "export", "quantize", "dequantize", "reshard"]
 _FEW = 20  # with more misfits than this, near-miss hints cost more than they help
 
 
@@ -95,6 +95,12 @@ class Fitter:
             elif inputs := self._take(draft, direction):
                 yield replace(draft, inputs=inputs)
 
+    def drafts(self, rules: Iterable[Rule], layers: int) -> Iterator[Draft]:
+        """The table written out, whatever the source has; what Megatron does not keep left out."""
+        for rule, layer in expand(rules, layers):
+            if not isinstance(rule.op, Drop):
+                yield self._draft(rule, layer)
+
     def _unchanged(self, draft: Draft) -> Iterator[Draft]:
         """Each Hugging Face tensor by itself, as the same tensor; a dropped one only if present."""
         optional = isinstance(draft.rule.op, Drop)
@@ -163,7 +169,7 @@ class Fitter:
         else:
             present = [name for name in draft.megatron if name in self._left]
             wanted = dict.fromkeys(present or draft.megatron[:1], draft.shape)
-        padded = direction == "export" and isinstance(draft.rule.op, PadVocab)
+        padded = direction != "import" and isinstance(draft.rule.op, PadVocab)
         inputs = [self._take_one(name, shape, padded=padded) for name, shape in wanted.items()]
         whole = [i for i in inputs if i is not None]
         return tuple(whole) if len(whole) == len(inputs) else ()
@@ -200,7 +206,7 @@ class Fitter:
                     f"it looks like a part of {codec.name}, which config.json does not declare; "
                     f"say --codec {codec.name} if it is"
                 )
-        if direction == "export":
+        if direction in ("export", "reshard"):
             return "remove it, or install the plugin of the model that has it"
         return "remove it if it is not part of the model, or add a rule (docs/plugins.md)"
 

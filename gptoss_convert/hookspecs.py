@@ -119,17 +119,21 @@ def gptoss_convert_formats() -> Iterable[Format]:  # type: ignore[empty-body]
 
 @hookspec
 def gptoss_convert_resharders() -> Iterable[Resharder]:  # type: ignore[empty-body]
-    """Yield ways to cut a Megatron tensor for a parallel layout, and to join the pieces.
+    """Yield the axes of a parallel layout, each with how it cuts a parameter.
 
     Example::
 
+        from gptoss_convert.layout import EVERYWHERE, Share
+
+        def by_experts(parameter, layout):
+            if not parameter.has_experts:
+                return EVERYWHERE
+            each = parameter.shape[0] // layout.ep
+            return [Share(r, {0: ((r * each, (r + 1) * each),)}) for r in range(layout.ep)]
+
         @hookimpl
         def gptoss_convert_resharders():
-            yield Resharder(
-                name="rows",
-                split=lambda tensor, shard, count: tensor.chunk(count, 0),
-                join=lambda pieces, shard: torch.cat(list(pieces), 0),
-            )
+            yield Resharder(name="ep", cut=by_experts)
     """
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from gptoss_convert.errors import ConvertError, PlanError
 from gptoss_convert.opening import config_of, own_config
-from gptoss_convert.plan import ConversionPlan, make_plan
+from gptoss_convert.plan import ConversionPlan, make_plan, parameters
+from gptoss_convert.types import MegatronSource
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +22,6 @@ INSPECT_SCHEMA = "gptoss-convert.inspect/1"
 
 def inspect_source(source: TensorSource, registry: Registry, choice: Choice) -> dict[str, Any]:
     """Facts of a checkpoint as plain values; the schema is described in docs/json.md."""
-    specs = source.specs()
     found = registry.format_of(source.path, name=choice.format)
     importing = found is not None and found.side == "hf"
     problems: list[str] = []
@@ -34,9 +34,11 @@ def inspect_source(source: TensorSource, registry: Registry, choice: Choice) -> 
     try:
         config = own_config(source) if importing else config_of(source, registry, choice)
         family = registry.model_for(config, choice.model)
+        if isinstance(source, MegatronSource):
+            source.arrange(parameters(family, config, str(source.path)))
         plan = make_plan(
             "import" if importing else "export",
-            specs,
+            source.specs(),
             family,
             config,
             where=str(source.path),
@@ -47,6 +49,7 @@ def inspect_source(source: TensorSource, registry: Registry, choice: Choice) -> 
         problems += error.problems
     except ConvertError as error:
         problems.append(str(error))
+    specs = source.specs()
     dtypes = Counter[str]()
     for spec in specs.values():
         dtypes[spec.dtype] += spec.nbytes

@@ -76,6 +76,17 @@ COPY = Copy()
 
 
 @dataclass(frozen=True)
+class Blocks(Copy):
+    """One tensor, unchanged, whose rows come in ``count`` equal blocks that stay whole."""
+
+    count: int
+
+    def units(self, shape: Shape) -> int:
+        """Every block is its own."""
+        return self.count
+
+
+@dataclass(frozen=True)
 class PadVocab(Copy):
     """A vocabulary table whose stored Megatron form may have padding rows at the end.
 

@@ -151,3 +151,77 @@ run_options = _options(
     click.option("--overwrite", is_flag=True, help="Replace the checkpoint at the target."),
     click.option("--no-progress", is_flag=True, help="No progress on stderr."),
 )
+
+
+class Numbers(click.ParamType[tuple[int, ...]]):
+    """``6,7,7,4``."""
+
+    name = "n,n,..."
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        """Text -> whole numbers."""
+        if isinstance(value, tuple):
+            return value
+        parts = [part.strip() for part in value.split(",")]
+        if not all(part.isdecimal() for part in parts):
+            self.fail(f"{value!r} is no list of numbers such as 6,7,7,4", param, ctx)
+        return tuple(map(int, parts))
+
+
+def _size(*names: str, text: str) -> Callable[[F], F]:
+    return click.option(*names, type=click.IntRange(1), default=1, show_default=True, help=text)
+
+
+layout_options = _options(
+    _size(
+        "--tp", "--tensor-parallel-size", "--tensor-model-parallel-size", text="Tensor parallel."
+    ),
+    _size(
+        "--pp",
+        "--pipeline-parallel-size",
+        "--pipeline-model-parallel-size",
+        text="Pipeline stages.",
+    ),
+    _size("--vpp", "--virtual-pipeline-model-parallel-size", text="Model chunks per stage."),
+    _size(
+        "--ep", "--expert-parallel-size", "--expert-model-parallel-size", text="Expert parallel."
+    ),
+    _size(
+        "--etp",
+        "--expert-tensor-parallel-size",
+        text="Tensor parallel within experts.",
+    ),
+    click.option(
+        "--decoder-first-pipeline-num-layers",
+        "first",
+        type=click.IntRange(0),
+        help="Layers of the first stage, if not as many as the others have.",
+    ),
+    click.option(
+        "--decoder-last-pipeline-num-layers",
+        "last",
+        type=click.IntRange(0),
+        help="Layers of the last stage, if not as many as the others have.",
+    ),
+    click.option(
+        "--pipeline-layers",
+        "stages",
+        type=Numbers(),
+        default=(),
+        help="Layers of every stage (with --vpp of every chunk, in the order of the layers).",
+    ),
+    click.option(
+        "--make-vocab-size-divisible-by",
+        "vocab_multiple",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Pad the vocabulary to a multiple of this times --tp (Megatron-LM's default is 128).",
+    ),
+    click.option(
+        "--dialect",
+        metavar="NAME",
+        help="How the format names things. torch_dist: stacked (default) or per-layer keys. torch: "
+        "te-grouped (default), te-sequential, local-sequential or local-grouped modules.",
+    ),
+)

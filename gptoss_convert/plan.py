@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from gptoss_convert.errors import ConfigError, PlanError, blame
 from gptoss_convert.fit import Direction, Draft, Fitter, Input, house_dtype
-from gptoss_convert.ops import Op, units
+from gptoss_convert.layout import Layout, Parameter, Ranges, grain
+from gptoss_convert.ops import COPY, Blocks, Op, PadVocab, units
 from gptoss_convert.types import Codec, Config, ModelFamily, Rule, TensorSpec
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class Output:
         codec: what encodes it.
         parts: (stored name, stored spec) of what the codec makes of it.
         hints: names of the source's own parts that the codec is to get, if there are any.
+        box: by dim the ranges of it that are written, for one rank's file; () for all. Ranges may
+            pass the end of dim 0, where zeros pad a vocabulary.
 
     """
 
@@ -42,11 +45,20 @@ class Output:
     codec: Codec | None = None
     parts: tuple[tuple[str, TensorSpec], ...] = ()
     hints: tuple[str, ...] = ()
+    box: tuple[Ranges, ...] = ()
 
     @property
     def stored(self) -> tuple[tuple[str, TensorSpec], ...]:
         """Names and specs as they are written."""
-        return self.parts or ((self.name, self.spec),)
+        return self.parts or ((self.name, self.written),)
+
+    @property
+    def written(self) -> TensorSpec:
+        """What is written of it, before any encoding."""
+        if not self.box:
+            return self.spec
+        shape = tuple(sum(stop - start for start, stop in ranges) for ranges in self.box)
+        return TensorSpec(shape, self.spec.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -79,6 +91,26 @@ class Step:
         """Bytes of all outputs, each counted once."""
         return sum(output.nbytes for output in self.outputs)
 
+    @property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """The units that are made, in order; all, unless a part of the rows is written."""
+        box = self.outputs[0].box
+        if not box or self.units == 1:
+            return ((0, self.units),)
+        rows = self.outputs[0].spec.shape[0] // self.units
+        return tuple((start // rows, min(stop // rows, self.units)) for start, stop in box[0])
+
+    def part(self, name: str, box: tuple[Ranges, ...]) -> Step:
+        """The step with only a box of its one output made, under a rank's name for it."""
+        output = replace(self.outputs[0], name=name, also=(), box=box)
+        if not box:
+            return replace(self, outputs=(output,))
+        whole = output.spec.shape[0]
+        rows = whole // self.units
+        edges = (edge for run in box[0] for edge in run if edge < whole)
+        apart = all(edge % rows == 0 for edge in edges)
+        return replace(self, outputs=(output,), units=self.units if apart else 1)
+
 
 @dataclass(frozen=True)
 class Group:
@@ -94,12 +126,30 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Target:
+    """How a Megatron checkpoint is to be written.
+
+    Attributes:
+        layout: the parallel layout it is for.
+        dialect: which of its format's ways to name things; "" for the first.
+        iteration: its number.
+        attachments: further files, copied as they are: name in the iteration's folder -> file.
+
+    """
+
+    layout: Layout = field(default_factory=Layout)
+    dialect: str = ""
+    iteration: int = 0
+    attachments: Mapping[str, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ConversionPlan:
     """Everything that will happen, known before the first byte moves.
 
     Attributes:
-        direction: ``import`` (Hugging Face -> Megatron), ``export``, or, from Hugging Face to
-            Hugging Face, ``quantize`` or ``dequantize``.
+        direction: ``import`` (Hugging Face -> Megatron), ``export``, from Hugging Face to Hugging
+            Face ``quantize`` or ``dequantize``, from Megatron to Megatron ``reshard``.
         family: name of the model family.
         config: Hugging Face's config of the model.
         megatron_config: the same model in Megatron's fields.
@@ -111,6 +161,7 @@ class ConversionPlan:
         kept: steps that copy the hints of the source's codec beside a Megatron checkpoint.
         quantization: the ``quantization_config`` of what is written, if it is quantized.
         encoding: name of the codec of what is written, and its options.
+        target: how a Megatron checkpoint is to be written.
 
     """
 
@@ -126,11 +177,12 @@ class ConversionPlan:
     kept: tuple[Step, ...] = ()
     quantization: Mapping[str, Any] | None = None
     encoding: Mapping[str, str] = field(default_factory=dict)
+    target: Target = field(default_factory=Target)
 
     @property
     def parameters(self) -> int:
         """Number of weights, each logical Hugging Face tensor counted once."""
-        side = "outputs" if self.direction == "export" else "inputs"
+        side = "outputs" if self.direction in ("export", "reshard") else "inputs"
         return sum(t.spec.numel for step in self.steps for t in getattr(step, side))
 
     @property
@@ -152,7 +204,7 @@ class ConversionPlan:
     def casts(self) -> tuple[tuple[str, str], ...]:
         """(from, to) dtypes of the conversions of element type, those that round first."""
         plain = [s for s in self.steps if not any(o.codec for o in s.outputs)]
-        pairs = {(i.spec.dtype, self.dtype) for s in plain for i in s.inputs}
+        pairs = {(i.spec.dtype, o.spec.dtype) for s in plain for i in s.inputs for o in s.outputs}
         return tuple(sorted(p for p in pairs if p[0] != p[1]))
 
     @property
@@ -179,6 +231,10 @@ class ConversionPlan:
             "parameters": self.parameters,
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,
+            "layout": asdict(self.target.layout),
+            "dialect": self.target.dialect or None,
+            "iteration": self.target.iteration,
+            "attachments": sorted(self.target.attachments),
             "megatron_config": dict(self.megatron_config),
             "files": sorted(self.files),
             "dropped": [{"name": name, "reason": reason} for name, reason in self.dropped],
@@ -240,6 +296,7 @@ def make_plan(
     name_or_path: str | None = None,
     encoding: Encoding | None = None,
     keep_hints: bool = False,
+    target: Target | None = None,
 ) -> ConversionPlan:
     """Fit a checkpoint's specs to its family's mapping table.
 
@@ -256,6 +313,7 @@ def make_plan(
         name_or_path: the hub id, if the user named one.
         encoding: how to encode what the table calls quantizable.
         keep_hints: carry the hints of the source's codec along.
+        target: how a Megatron checkpoint is to be written.
 
     Raises:
         PlanError: listing every misfit.
@@ -267,15 +325,19 @@ def make_plan(
     fitter = Fitter(specs, codec, known_codecs)
     drafts = list(fitter.fit(rules, layers, direction))
     fitter.finish(direction)
-    house = house_dtype(drafts, fitter.problems, strict=direction != "export")
+    strict = direction not in ("export", "reshard")
+    house = house_dtype(drafts, fitter.problems, strict=strict)
     names = Counter(name for draft in drafts for name in draft.megatron)
     fitter.problems += [
         f"{name}: {count} rules make it; mend the table of {family.name}"
         for name, count in names.items()
         if count > 1
     ]
-    dtype = dtype or ("BF16" if encoding else house)
-    steps = [_step(draft, dtype, direction) for draft in drafts]
+    if direction == "reshard" and dtype is None:
+        steps = [_step(draft, draft.inputs[0].spec.dtype, direction) for draft in drafts]
+    else:
+        dtype = dtype or ("BF16" if encoding else house)
+        steps = [_step(draft, dtype, direction) for draft in drafts]
     if encoding:
         steps = [encoding.encoded(step, fitter.problems) for step in steps]
     if fitter.problems:
@@ -285,7 +347,7 @@ def make_plan(
         family.name,
         config,
         megatron_config,
-        dtype,
+        dtype or house,
         tuple(steps),
         tuple(fitter.dropped),
         files or {},
@@ -293,7 +355,25 @@ def make_plan(
         tuple(_keep_hints(steps)) if keep_hints else (),
         encoding.declaration(config, family) if encoding else None,
         encoding.to_json() if encoding else {},
+        target or Target(),
     )
+
+
+def parameters(family: ModelFamily, config: Config, where: str) -> dict[str, Parameter]:
+    """Every Megatron parameter of a model by name, further names included.
+
+    Raises:
+        ConfigError: the config does not make the model.
+
+    """
+    layers = to_megatron(family, config, where)["num_layers"]
+    with blame(f"model family {family.name}"):
+        rules = list(family.rules(config))
+    return {
+        name: Parameter.of(draft.rule, name, draft.shape, draft.layer, layers)
+        for draft in Fitter({}, None, ()).drafts(rules, layers)
+        for name in draft.megatron
+    }
 
 
 def _keep_hints(steps: Iterable[Step]) -> Iterator[Step]:
@@ -328,12 +408,23 @@ def to_megatron(family: ModelFamily, config: Config, where: str) -> dict[str, An
 
 
 def _step(draft: Draft, dtype: str, direction: Direction) -> Step:
-    if direction == "import":
+    rule = draft.rule
+    if direction == "reshard":
+        rule = replace(rule, op=_kept(rule.op, draft))
+    if direction in ("import", "reshard"):
         first, *also = draft.megatron
         outputs: tuple[Output, ...] = (Output(first, TensorSpec(draft.shape, dtype), tuple(also)),)
     else:
         outputs = tuple(Output(n, TensorSpec(s, dtype)) for n, s in draft.hf.items())
-    count = units(draft.rule.op, draft.shape)
+    count = units(rule.op, draft.shape)
     if len(outputs) > 1 or any(i.codec and not i.codec.sliceable for i in draft.inputs):
         count = 1  # outputs are written one behind the other, so pieces must not alternate
-    return Step(draft.rule, draft.layer, draft.inputs, outputs, count)
+    return Step(rule, draft.layer, draft.inputs, outputs, count)
+
+
+def _kept(op: Op, draft: Draft) -> Op:
+    """What is done to a Megatron tensor that stays one: nothing, in blocks that stay whole."""
+    if isinstance(op, PadVocab) or not draft.shape:
+        return op if isinstance(op, PadVocab) else COPY
+    count = grain(op, draft.shape)
+    return COPY if count == draft.shape[0] else Blocks(count)

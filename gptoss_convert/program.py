@@ -12,6 +12,7 @@ import logging
 import signal
 import sys
 import traceback
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gptoss_convert.conversion import Conversion
+    from gptoss_convert.layout import Layout
     from gptoss_convert.opening import Choice
 
 log = logging.getLogger("gptoss_convert")
@@ -135,6 +137,13 @@ def choice_of(
     named = {"backend": codec_backend, "rule": scale_rule, "on_nonfinite": on_nonfinite}
     options = {name: value for name, value in named.items() if value is not None}
     return Choice(model, codec, format_, {**options, **dict(codec_option)})
+
+
+def layout_of(**options: Any) -> Layout:
+    """The parallel layout a command's options describe; takes all its options."""
+    from gptoss_convert.layout import Layout
+
+    return Layout(**{f.name: options[f.name] for f in fields(Layout)})
 
 
 def required(value: Any, flag: str) -> Any:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from gptoss_convert.layout import Layout, Parameter, Share
     from gptoss_convert.loss import Loss
     from gptoss_convert.plan import ConversionPlan, Group
     from gptoss_convert.scratch import Scratch
@@ -209,6 +210,22 @@ class TensorSource(Protocol):
         """The tensor, or ``rows`` of its dim 0. Memory may be taken from ``scratch``."""
 
 
+@runtime_checkable
+class MegatronSource(TensorSource, Protocol):
+    """A Megatron checkpoint."""
+
+    @property
+    def number(self) -> int:
+        """Of its iteration."""
+
+    @property
+    def attachments(self) -> Mapping[str, Path]:
+        """Files of the iteration that go wherever the weights go: name in its folder -> file."""
+
+    def arrange(self, parameters: Mapping[str, Parameter]) -> None:
+        """Learn how the model's parameters are cut; called before ``specs`` and ``read``."""
+
+
 class GroupWriter(Protocol):
     """Writes one group of a sink: output by output in the plan's order, each from its first row on."""
 
@@ -259,6 +276,8 @@ class Format:
         create: (staging folder, plan) -> sink; touches no disk before ``open``.
         resolve: (name, revision, headers only) -> local folder, for names that are no folders
             (a hub id); None if the format has no such names.
+        dialects: ways to name things that it can write (``--dialect``), the default first.
+        preferred: whether it is written where the user names no format of its side.
 
     """
 
@@ -268,22 +287,25 @@ class Format:
     open: Callable[[Path], TensorSource]
     create: Callable[[Path, ConversionPlan], TensorSink]
     resolve: Callable[[str, str | None, bool], Path] | None = None
+    dialects: tuple[str, ...] = ()
+    preferred: bool = False
 
 
 @dataclass(frozen=True)
 class Resharder:
-    """Cuts a canonical Megatron tensor into the pieces of a parallel layout, and joins them.
+    """One axis of a parallel layout: which rank on it has what of a parameter.
+
+    ``layout.split`` and ``layout.join`` put the axes together; both directions follow from ``cut``.
 
     Attributes:
-        name: what it cuts along, such as ``tp``.
-        split: (tensor, shard kind, count) -> pieces.
-        join: (pieces, shard kind) -> tensor.
+        name: the axis, a field of ``Layout``: ``tp``, ``pp``, ``ep`` or ``etp``.
+        cut: what each rank of the axis has, ranks that have nothing left out; raises ``UsageError``
+            (``layout.must_divide``) if the layout does not divide the parameter.
 
     """
 
     name: str
-    split: Callable[[Tensor, Shard, int], Sequence[Tensor]]
-    join: Callable[[Sequence[Tensor], Shard], Tensor]
+    cut: Callable[[Parameter, Layout], Sequence[Share]]
 
 
 @dataclass(frozen=True)

@@ -38,4 +38,12 @@ def create(folder: Path, plan: ConversionPlan) -> TensorSink:
 @hookimpl
 def gptoss_convert_formats() -> Iterator[Format]:
     """Distributed checkpoints of megatron-core (``torch_dist``)."""
-    yield Format("torch_dist", "megatron", detect, open_folder, create)
+    yield Format(
+        "torch_dist",
+        "megatron",
+        detect,
+        open_folder,
+        create,
+        dialects=("stacked", "per-layer"),
+        preferred=True,
+    )

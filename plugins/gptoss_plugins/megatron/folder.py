@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,7 +18,19 @@ RUN_CONFIG = "run_config.yaml"
 TOKENIZER = "tokenizer"  # as Megatron-Bridge calls it
 HUGGING_FACE = "huggingface"  # config.json and generation_config.json
 QUANTIZATION = "quantization"  # parts of a quantized source, one safetensors file per codec
-IMPORTED = "iter_0000000"
+
+_NUMBERED = re.compile(r"iter_(\d+)")
+
+
+def folder_of(iteration: int) -> str:
+    """The name of an iteration's folder."""
+    return f"iter_{iteration:07d}"
+
+
+def number_of(folder: Path) -> int:
+    """The iteration a folder's name tells; 0 for ``release`` and names of one's own."""
+    numbered = _NUMBERED.fullmatch(folder.resolve().name)
+    return int(numbered[1]) if numbered else 0
 
 
 def iteration_folder(folder: Path) -> Path | None:
@@ -30,7 +43,7 @@ def iteration_folder(folder: Path) -> Path | None:
     tracker = folder / TRACKER
     if tracker.is_file():
         text = tracker.read_text(errors="replace").strip()
-        return folder / (f"iter_{int(text):07d}" if text.isdecimal() else "release")
+        return folder / (folder_of(int(text)) if text.isdecimal() else "release")
     found = sorted(p for p in folder.glob("iter_*") if (p / METADATA).is_file())
     return found[-1] if found else None
 
@@ -48,4 +61,11 @@ def companions(folder: Path) -> dict[str, Path]:
         for kept in (TOKENIZER, HUGGING_FACE)
         for path in sorted((folder / kept).rglob("*"))
         if path.is_file()
+    }
+
+
+def attachments(folder: Path) -> dict[str, Path]:
+    """Large files beside the weights that go wherever they go: name in the folder -> file."""
+    return {
+        f"{QUANTIZATION}/{p.name}": p for p in sorted((folder / QUANTIZATION).glob("*.safetensors"))
     }

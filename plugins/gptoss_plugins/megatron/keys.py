@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gptoss_convert.dtypes import itemsize
+from gptoss_convert.layout import EXPERT_AXIS
 from gptoss_convert.types import Shard
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from gptoss_convert.plan import Output
 
-EXPERT_AXIS = "{E}"
 _LAYERS = "decoder.layers."
 _NUMBERED = re.compile(rf"{re.escape(_LAYERS)}(\d+)\.(.*)")
 _LARGEST_CHUNK = 1 << 31  # bytes; a zip entry without 64-bit sizes ends at 4 GiB
@@ -53,13 +53,15 @@ class Chunk:
     sizes: tuple[int, ...]
 
 
-def place(name: str) -> Place:
-    """Parameter name -> its place among stacked keys."""
+def place(name: str, *, stacked: bool = True) -> Place:
+    """Parameter name -> its place among stacked keys, or among keys of one layer each."""
     numbered = _NUMBERED.fullmatch(name)
     layer, rest = (int(numbered[1]), numbered[2]) if numbered else (None, name)
     if rest.endswith(EXPERT_AXIS):
         module, parameter = rest.removesuffix(EXPERT_AXIS).split(".experts.", 1)
         rest = f"{module}.experts.experts.{parameter}"
+    if layer is not None and not stacked:
+        return Place(f"{_LAYERS}{layer}.{rest}", None)
     return Place(_LAYERS + rest if numbered else rest, layer)
 
 
@@ -83,18 +85,18 @@ def is_weight(key: str) -> bool:
     return not key.startswith(_STATE)
 
 
-def global_shape(output: Output, layers: int) -> tuple[int, ...]:
+def global_shape(output: Output, layers: int, *, stacked: bool) -> tuple[int, ...]:
     """Shape of the whole key that a parameter is part of."""
-    lead = () if place(output.name).layer is None else (layers,)
+    lead = () if place(output.name, stacked=stacked).layer is None else (layers,)
     return lead + output.spec.shape
 
 
-def chunks(output: Output, shard: Shard) -> Iterator[Chunk]:
+def chunks(output: Output, shard: Shard, *, stacked: bool) -> Iterator[Chunk]:
     """megatron-core's grid, in row-major order: one chunk per layer, expert and gate or up half.
 
     Loaders read whole chunks, so a finer grid costs nothing and a coarser one would.
     """
-    at = place(output.name)
+    at = place(output.name, stacked=stacked)
     lead = () if at.layer is None else (at.layer,)
     experts = output.name.endswith(EXPERT_AXIS)
     inner = output.spec.shape[1:] if experts else output.spec.shape
@@ -132,10 +134,12 @@ def extra_state_modules(outputs: list[Output]) -> dict[str, Output]:
     return found
 
 
-def extra_state_objects(module: str, output: Output, layers: int) -> Iterator[str]:
+def extra_state_objects(
+    module: str, output: Output, layers: int, *, stacked: bool
+) -> Iterator[str]:
     """Names of a module's objects: ``key/shard_<offsets>_<shape>``, one per layer and expert."""
     experts = output.name.endswith(EXPERT_AXIS)
-    at = place(f"{module}._extra_state{EXPERT_AXIS if experts else ''}")
+    at = place(f"{module}._extra_state{EXPERT_AXIS if experts else ''}", stacked=stacked)
     for expert in range(output.spec.shape[0]) if experts else (None,):
         offsets = [n for n in (at.layer, expert) if n is not None] or [0]
         shape = [layers] * (at.layer is not None) + [output.spec.shape[0]] * experts or [1]

@@ -21,6 +21,7 @@ from gptoss_plugins.megatron.folder import COMMON, RUN_CONFIG
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from gptoss_convert.layout import Layout
     from gptoss_convert.plan import ConversionPlan
 
 METADATA_JSON = {
@@ -30,6 +31,7 @@ METADATA_JSON = {
     "common_backend_version": 1,
 }
 CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+PER_LAYER_CONTENT = {**CONTENT, "non_homogeneous_layers": True}
 COMMON_OBJECT = "common_state/shard_0_1"
 _ACTIVATIONS = {
     "quick_gelu": "megatron.core.fusions.fused_bias_geglu.quick_gelu",
@@ -61,17 +63,17 @@ def metadata_json() -> bytes:
     return json.dumps(METADATA_JSON).encode()
 
 
-def common_state(plan: ConversionPlan) -> dict[str, Any]:
+def common_state(plan: ConversionPlan, *, stacked: bool) -> dict[str, Any]:
     """State that all ranks share. ``checkpoint_version`` 3.0 tells Megatron-LM not to reorder qkv."""
     return {
         "args": arguments(plan),
         "checkpoint_version": 3.0,
-        "iteration": 0,
-        "content_metadata": dict(CONTENT),
+        "iteration": plan.target.iteration,
+        "content_metadata": dict(CONTENT if stacked else PER_LAYER_CONTENT),
     }
 
 
-def arguments(plan: ConversionPlan) -> argparse.Namespace:
+def arguments(plan: ConversionPlan, ckpt_format: str = "torch_dist") -> argparse.Namespace:
     """The model in Megatron-LM's command-line arguments, for ``--use-checkpoint-args``."""
     fields = dict(plan.megatron_config)
     activation = fields.pop("activation_func", None)
@@ -80,24 +82,26 @@ def arguments(plan: ConversionPlan) -> argparse.Namespace:
             fields[argument] = fields[name]
     if "window_size" in fields:
         fields["window_size"] = tuple(fields["window_size"])
-    dtype = torch_dtype(plan.dtype)
+    dtype, layout = torch_dtype(plan.dtype), plan.target.layout
     return argparse.Namespace(
         **fields,
         add_position_embedding=True,
         bf16=plan.dtype == "BF16",
         fp16=plan.dtype == "F16",
-        ckpt_format="torch_dist",
-        expert_model_parallel_size=1,
-        expert_tensor_parallel_size=1,
+        ckpt_format=ckpt_format,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
         group_query_attention=fields.get("num_query_groups") != fields.get("num_attention_heads"),
-        padded_vocab_size=fields.get("vocab_size"),
+        decoder_first_pipeline_num_layers=layout.first,
+        decoder_last_pipeline_num_layers=layout.last,
+        padded_vocab_size=layout.padded(fields["vocab_size"]) if "vocab_size" in fields else None,
         params_dtype=dtype,
-        pipeline_model_parallel_size=1,
+        pipeline_model_parallel_size=layout.pp,
         quick_geglu=activation == "quick_gelu",
         swiglu=activation == "silu",
-        tensor_model_parallel_size=1,
+        tensor_model_parallel_size=layout.tp,
         untie_embeddings_and_output_weights=not fields.get("share_embeddings_and_output_weights"),
-        virtual_pipeline_model_parallel_size=None,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
     )
 
 
@@ -126,8 +130,7 @@ def run_config(plan: ConversionPlan) -> bytes:
         "bf16": plan.dtype == "BF16",
         "fp16": plan.dtype == "F16",
         "params_dtype": {"_call_": False, "_target_": f"torch.{torch_name(plan.dtype)}"},
-        "tensor_model_parallel_size": 1,
-        "pipeline_model_parallel_size": 1,
+        **_parallel(plan.target.layout),
         **({"hf_model_id": plan.name_or_path} if plan.name_or_path else {}),
     }
     document = {
@@ -140,6 +143,21 @@ def run_config(plan: ConversionPlan) -> bytes:
         },
     }
     return yaml.safe_dump(document, sort_keys=True).encode()
+
+
+def _parallel(layout: Layout) -> dict[str, Any]:
+    """The layout in TransformerConfig's fields; what is 1 or absent is left to their defaults."""
+    fields = {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp,
+        "num_layers_in_first_pipeline_stage": layout.first,
+        "num_layers_in_last_pipeline_stage": layout.last,
+    }
+    always = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    return {k: v for k, v in fields.items() if k in always or v not in (1, None)}
 
 
 def _tokenizer(plan: ConversionPlan) -> Any:

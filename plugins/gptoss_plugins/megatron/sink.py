@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gptoss_convert.blockio import WRITER_BYTES, BlockWriter, write_file
+from gptoss_convert.filecopy import FileCopy
 from gptoss_convert.ops import split_row_major
 from gptoss_convert.plan import ConversionPlan, Group, Output
 from gptoss_convert.scratch import round_up
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+STACKED, PER_LAYER = DIALECTS = ("stacked", "per-layer")
 _METADATA_BYTES_PER_ENTRY = 512  # more than a pickled chunk or object takes
 
 
@@ -54,14 +56,17 @@ class TorchDistSink:
 
     def __init__(self, folder: Path, plan: ConversionPlan) -> None:
         self._plan = plan
-        self._root, self._folder = folder, folder / names.IMPORTED
+        self._root = folder
+        self._folder = folder / names.folder_of(plan.target.iteration)
+        self._stacked = plan.target.dialect != PER_LAYER
         self._layers = plan.megatron_config["num_layers"]
         runs = itertools.groupby(plan.steps, key=lambda step: step.layer)
         self._data = [
             Group(f"__{number}_0.distcp", tuple(steps)) for number, (_, steps) in enumerate(runs)
         ]
         self._kept = {name: Group(name, plan.kept) for name in _kept_files(plan)}
-        self.groups: Sequence[Group] = [*self._kept.values(), *self._data]
+        self._copied = {name: Group(name, ()) for name in plan.target.attachments}
+        self.groups: Sequence[Group] = [*self._kept.values(), *self._copied.values(), *self._data]
         self._items = {group.name: dict(self._place(group)) for group in self._data}
 
     def _place(self, group: Group) -> Iterator[tuple[str, list[_Item]]]:
@@ -70,7 +75,7 @@ class TorchDistSink:
         for step in group.steps:
             for output in step.outputs:
                 items = []
-                for chunk in chunks(output, step.rule.shard):
+                for chunk in chunks(output, step.rule.shard, stacked=self._stacked):
                     around = frame(TensorSpec(chunk.sizes, output.spec.dtype))
                     at = metadata.Stored(group.name, position, around.nbytes)
                     items.append(_Item(chunk, around, at))
@@ -91,20 +96,21 @@ class TorchDistSink:
         data += sum(len(shard_header(group)) + group.nbytes for group in self._kept.values())
         entries = sum(2 * len(i) for items in self._items.values() for i in items.values())
         modules = extra_state_modules(self._outputs())
-        entries += sum(
-            1 for m, o in modules.items() for _ in extra_state_objects(m, o, self._layers)
-        )
-        companions = sum(path.stat().st_size for path in self._plan.files.values())
+        entries += sum(1 for m, o in modules.items() for _ in self._objects_of(m, o))
+        copied = (*self._plan.files.values(), *self._plan.target.attachments.values())
+        companions = sum(path.stat().st_size for path in copied)
         return data + entries * _METADATA_BYTES_PER_ENTRY + companions + (1 << 18)
 
     def done(self, group: Group) -> bool:
         """A data file under its final name is whole: it gets that name last."""
-        return (self._folder / group.name).exists()
+        return bool((self._folder / group.name).exists())
 
     def open(self, group: Group) -> GroupWriter:
         """Start a data file."""
         path = self._folder / group.name
         path.parent.mkdir(parents=True, exist_ok=True)
+        if group.name in self._copied:
+            return FileCopy(self._plan.target.attachments[group.name], path)
         if group.name in self._kept:
             return open_shard(path, group, shard_header(group))
         writer = BlockWriter(path, self._file_bytes(group))
@@ -118,12 +124,12 @@ class TorchDistSink:
             write_file(folder / names.companion_place(name), path.read_bytes())
         write_file(folder / names.RUN_CONFIG, sidecars.run_config(plan))
         write_file(folder / names.TRAIN_STATE, sidecars.train_state())
-        common = sidecars.torch_bytes(sidecars.common_state(plan))
+        common = sidecars.torch_bytes(sidecars.common_state(plan, stacked=self._stacked))
         write_file(folder / names.COMMON, common)
         write_file(folder / names.METADATA, metadata.dump(self._contents()))
         write_file(folder / names.MARK, sidecars.metadata_json())
         write_file(self._root / names.LATEST_TRAIN_STATE, sidecars.train_state())
-        write_file(self._root / names.TRACKER, b"0")
+        write_file(self._root / names.TRACKER, str(plan.target.iteration).encode())
 
     def _outputs(self) -> list[Output]:
         return [output for step in self._plan.steps for output in step.outputs]
@@ -139,8 +145,8 @@ class TorchDistSink:
             for output in (o for step in group.steps for o in step.outputs):
                 items = self._items[group.name][output.name]
                 for name in (output.name, *output.also):
-                    key = place(name).key
-                    shape = global_shape(output, self._layers)
+                    key = place(name, stacked=self._stacked).key
+                    shape = global_shape(output, self._layers, stacked=self._stacked)
                     specs[key] = TensorSpec(shape, output.spec.dtype)
                     boxes.setdefault(key, []).extend(
                         metadata.StoredChunk(i.chunk.offsets, i.chunk.sizes, i.at) for i in items
@@ -156,8 +162,11 @@ class TorchDistSink:
         return {
             name: at
             for module, output in modules.items()
-            for name in extra_state_objects(module, output, self._layers)
+            for name in self._objects_of(module, output)
         }
+
+    def _objects_of(self, module: str, output: Output) -> Iterator[str]:
+        return extra_state_objects(module, output, self._layers, stacked=self._stacked)
 
 
 def _kept_files(plan: ConversionPlan) -> list[str]:

@@ -22,8 +22,10 @@ from gptoss_plugins.megatron.folder import (
     METADATA,
     QUANTIZATION,
     TRACKER,
+    attachments,
     companions,
     iteration_folder,
+    number_of,
 )
 from gptoss_plugins.megatron.keys import is_stacked, is_weight, parameter
 from gptoss_plugins.megatron.torchzip import Item, read_item, strides
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
+
+    from gptoss_convert.layout import Parameter
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
 
@@ -66,6 +70,19 @@ class TorchDistSource:
     def files(self) -> Mapping[str, Path]:
         """Hugging Face companions that the import carried along."""
         return companions(self.iteration)
+
+    @property
+    def number(self) -> int:
+        """From the folder's name."""
+        return number_of(self.iteration)
+
+    @property
+    def attachments(self) -> Mapping[str, Path]:
+        """What the import kept of a quantized source."""
+        return attachments(self.iteration)
+
+    def arrange(self, parameters: Mapping[str, Parameter]) -> None:
+        """Nothing to learn: tensors are stored whole."""
 
     def hints(self, codec: str) -> TensorSource | None:
         """Parts of the quantized checkpoint this was imported from, if the import kept them."""

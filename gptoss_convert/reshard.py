@@ -1,0 +1,57 @@
+"""Megatron to Megatron: the same weights for another parallel layout, format or dialect."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gptoss_convert.convert import prepare
+from gptoss_convert.errors import PluginError
+from gptoss_convert.layout import Layout
+from gptoss_convert.opening import Choice, config_of, open_source
+from gptoss_convert.plan import Target
+from gptoss_convert.registry import Registry, default_registry
+from gptoss_convert.types import MegatronSource
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gptoss_convert.conversion import Conversion
+
+
+def prepare_reshard(
+    megatron_path: str | Path,
+    *,
+    layout: Layout | None = None,
+    torch_dtype: str | None = None,
+    dialect: str | None = None,
+    registry: Registry | None = None,
+    choice: Choice | None = None,
+) -> Conversion:
+    """Plan Megatron -> Megatron.
+
+    Args:
+        megatron_path: root or ``iter_*`` folder, of any format.
+        layout: the parallel layout to write for, of a format that depends on it.
+        torch_dtype: element type to write; None keeps each tensor's own.
+        dialect: which of the format's ways to name things.
+        registry: the plugins; the installed ones by default.
+        choice: decides where several plugins would do; its format is the one to write.
+
+    Raises:
+        ConvertError: everything that does not fit, at once.
+
+    """
+    registry, choice = registry or default_registry(), choice or Choice()
+    source = open_source(megatron_path, "megatron", registry=registry)
+    if not isinstance(source, MegatronSource):
+        raise PluginError(f"{megatron_path}: its format's source has no arrange(); report it")
+    config = config_of(source, registry, choice)
+    return prepare(
+        "reshard",
+        source,
+        config,
+        registry=registry,
+        choice=choice,
+        dtype=torch_dtype,
+        target=Target(layout or Layout(), dialect or "", source.number, source.attachments),
+    )

@@ -1,0 +1,64 @@
+"""``gptoss-convert reshard``: a Megatron checkpoint for another layout, format or dialect."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gptoss_convert import hookimpl
+from gptoss_convert.options import (
+    Folder,
+    common_options,
+    layout_options,
+    megatron_option,
+    run_options,
+    torch_dtype_option,
+)
+from gptoss_convert.program import choice_of, layout_of, registry_of, required, run_conversion
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@click.command("reshard")
+@megatron_option
+@click.option("--output", type=Folder(), help="Megatron folder to write.")
+@layout_options
+@torch_dtype_option
+@run_options
+@common_options
+@click.pass_context
+def reshard(
+    ctx: click.Context,
+    /,
+    megatron_path: Path | None,
+    output: Path | None,
+    torch_dtype: str | None,
+    dialect: str | None,
+    **rest: Any,
+) -> None:
+    """Megatron checkpoint -> the same for another parallel layout, format or dialect.
+
+    --format torch_dist (default) is one checkpoint for every layout; torch is a file per rank of
+    the layout, as Megatron-LM calls it. Bit for bit, unless --torch-dtype rounds.
+    """
+    from gptoss_convert.reshard import prepare_reshard
+
+    target = required(output, "--output")
+    conversion = prepare_reshard(
+        required(megatron_path, "--megatron-path"),
+        layout=layout_of(**rest),
+        torch_dtype=torch_dtype,
+        dialect=dialect,
+        registry=registry_of(ctx),
+        choice=choice_of(**rest),
+    )
+    run_conversion(conversion, target, **rest)
+
+
+@hookimpl
+def gptoss_convert_commands() -> Iterator[click.Command]:
+    """One."""
+    yield reshard
