@@ -12,6 +12,7 @@ import gptoss_convert
 from gptoss_convert.errors import PlanError
 from gptoss_convert.options import (
     Bytes,
+    Folder,
     common_options,
     decode_options,
     encode_options,
@@ -275,6 +276,20 @@ def inspect(
     echo_json(facts) if as_json else print_inspection(facts)
     if facts["problems"]:
         ctx.exit(1)
+
+
+@main.command("commit")
+@click.argument("target", type=Folder())
+@click.option("--debug", is_flag=True, help="Show where an error comes from.")
+def commit(target: Path, debug: bool) -> None:
+    """Put in place what several processes have made, if the last one could not.
+
+    TARGET is the folder that they were to make. Exit code 5 if parts are missing.
+    """
+    from gptoss_convert.crew import Crew, as_crew, stored_command
+
+    with as_crew(Crew(commits_only=True)), stored_command(target) as arguments:
+        main(arguments, prog_name="gptoss-convert", standalone_mode=False)
 
 
 @main.command("plugins")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import logging
 import time
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import gptoss_convert
+from gptoss_convert.blockio import write_file
+from gptoss_convert.crew import COMMAND, Crew, claim, current_crew
 from gptoss_convert.dtypes import itemsize
 from gptoss_convert.errors import (
     CheckpointError,
@@ -20,6 +23,7 @@ from gptoss_convert.errors import (
     ResourceError,
 )
 from gptoss_convert.execute import (
+    CLAIM,
     DEFAULT_MAX_MEMORY,
     NOTE,
     Executor,
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
     from gptoss_convert.types import Format, TensorSink, TensorSource
 
 log = logging.getLogger("gptoss_convert")
+COMMIT = ".commit"  # held by the process that puts the result of several in place
 RESIDENT = 432 << 20  # Python with torch and numba, compiling and threads, measured and rounded up
 
 
@@ -50,6 +55,7 @@ class Result:
     seconds: float
     resumed: bool
     losses: Mapping[str, Loss] = field(default_factory=dict, repr=False)
+    finished: bool = True  # False if other processes are still at it
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; the schema is described in docs/json.md."""
@@ -99,6 +105,7 @@ class Conversion:
         max_memory: int = DEFAULT_MAX_MEMORY,
         overwrite: bool = False,
         progress: Progress = lambda nbytes: None,
+        command: Mapping[str, Any] | None = None,
     ) -> Result:
         """Convert into the folder ``target``, which appears whole or not at all.
 
@@ -108,17 +115,28 @@ class Conversion:
             max_memory: bound of the bytes in flight.
             overwrite: whether a target that holds a checkpoint may be replaced.
             progress: called with the bytes of output just finished, from any thread.
+            command: how to do this again, kept while several processes are at it.
+
+        As one of several processes (``crew.py``) it does its share, and puts the result in place
+        if nothing is left to do.
 
         Raises:
             ConvertError: see its subclasses for the exit codes.
 
         """
         started = time.monotonic()
+        crew = current_crew()
         self._check(Path(target))
         key = self._key()
         staging = Staging(
-            Path(target), key, lambda folder: overwrite and self._is_checkpoint(folder)
+            Path(target),
+            key,
+            lambda folder: overwrite and self._is_checkpoint(folder),
+            shared=not crew.is_alone,
         )
+        if staging.is_finished:
+            log.info("%s: is finished already", staging.target)
+            return Result(self.plan, staging.target, 0.0, True)
         staging.check_target()
         sink = self.sink(staging.folder)
         budget = make_budget(sink, workers or default_workers(), max_memory)
@@ -127,9 +145,18 @@ class Conversion:
         try:
             if resumed := staging.open():
                 log.info("going on with the unfinished %s", staging.folder)
-            validators = self.registry.validators().values()
+            if command and not crew.is_alone:
+                name = f"{COMMAND}{crew.rank}.json"
+                write_file(staging.folder / name, json.dumps(command).encode())
             executor = Executor(
-                self.plan, self.source, sink, validators, progress, self.hints, staging.folder
+                self.plan,
+                self.source,
+                sink,
+                self.registry.validators().values(),
+                progress,
+                self.hints,
+                staging.folder,
+                crew.share(sink.groups),
             )
             executor.run(budget)
             if self._key() != key:
@@ -137,15 +164,51 @@ class Conversion:
                     f"{self.source.path}: changed while it was being converted; leave it alone and "
                     f"run again"
                 )
-            sink.finish()
-            self._validate("checkpoint", staging.folder)
-            for note in staging.folder.glob(f"{NOTE}*"):
-                note.unlink()
-            staging.publish()
+            finished = crew.is_alone or self._ready(crew, sink, staging)
+            if finished:
+                executor.recall_others()
+                self._finish(sink, staging)
         except BaseException as error:
-            _stopped(error, staging, sink)
+            _stopped(error, staging, sink, crew)
+        staging.release()
         seconds = time.monotonic() - started
-        return Result(self.plan, staging.target, seconds, resumed, executor.losses)
+        return Result(self.plan, staging.target, seconds, resumed, executor.losses, finished)
+
+    def _ready(self, crew: Crew, sink: TensorSink, staging: Staging) -> bool:
+        """Whether all processes' work is done, and putting it in place falls to this one.
+
+        Raises:
+            IncompleteError: it is asked to put it in place, and parts are missing.
+
+        """
+        owners = crew.owners(sink.groups)
+        missing = [group.name for group in sink.groups if not sink.done(group)]
+        if missing and crew.commits_only:
+            raise IncompleteError(
+                f"{staging.target}: {len(missing)} of {len(sink.groups)} parts are missing; run the "
+                f"processes again that did not end well"
+            )
+        if missing:
+            whose = sorted({owners[name] for name in missing})
+            log.info(
+                "process %d of %d has done its share; %d of %d parts are left, of process %s",
+                crew.rank, crew.size, len(missing), len(sink.groups), ", ".join(map(str, whose)),
+            )  # fmt: skip
+            return False
+        held = claim(staging.folder / COMMIT)
+        if held is None:
+            log.info("another process is putting %s in place", staging.target)
+            return False
+        return True  # held until the process ends
+
+    def _finish(self, sink: TensorSink, staging: Staging) -> None:
+        """Write what makes the folder a checkpoint, look at it, and put it in place."""
+        sink.finish()
+        self._validate("checkpoint", staging.folder)
+        for prefix in (NOTE, CLAIM, COMMAND, COMMIT):
+            for note in staging.folder.glob(f"{prefix}*"):
+                note.unlink()
+        staging.publish()
 
     def _is_checkpoint(self, folder: Path) -> bool:
         """Whether --overwrite may replace a folder; a parent of checkpoints is none."""
@@ -194,11 +257,11 @@ class Conversion:
                 log.warning("%s", text)
 
 
-def _stopped(error: BaseException, staging: Staging, sink: TensorSink) -> NoReturn:
+def _stopped(error: BaseException, staging: Staging, sink: TensorSink, crew: Crew) -> NoReturn:
     """Keep finished work if going on makes sense, else remove it; then raise what the user needs."""
     done = sum(sink.done(group) for group in sink.groups)
     resumable = isinstance(error, OSError) or not isinstance(error, Exception)  # Ctrl-C
-    if not resumable or not done:
+    if crew.is_alone and (not resumable or not done):
         staging.discard()
     else:
         staging.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,6 +10,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from gptoss_convert.crew import claim
 from gptoss_convert.dtypes import torch_dtype
 from gptoss_convert.encoder import Encoder
 from gptoss_convert.errors import ConvertError, MismatchError, ResourceError
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 DEFAULT_MAX_MEMORY = 1 << 30
 PIECE_BYTES = 8 << 20  # of output; larger pieces win nothing and fragment the heap
 NOTE = ".loss-"  # prefix of the notes on finished groups
+CLAIM = ".claim-"  # prefix of the files by which a process holds a group
 Progress = Callable[[int], None]
 
 
@@ -167,6 +170,7 @@ class Executor:
         progress: called with the bytes of output just finished, from any thread.
         hints: where the hints that the plan names are read.
         notes: folder for what a later run must know of finished groups.
+        groups: those to write; all of the sink's by default. Other processes write the others.
 
     Attributes:
         losses: what encoding lost, by tensor.
@@ -182,16 +186,19 @@ class Executor:
         progress: Progress = lambda nbytes: None,
         hints: TensorSource | None = None,
         notes: Path | None = None,
+        groups: Sequence[Group] | None = None,
     ) -> None:
         self._plan, self._source, self._sink = plan, source, sink
         self._hints, self._notes = hints, notes
+        self._groups = sink.groups if groups is None else groups
+        self._shared = len(self._groups) < len(sink.groups)
         self.losses: dict[str, Loss] = {}
         self._validators = [v for v in validators if v.stage == "tensor"]
         self._progress = progress
         self._stop = threading.Event()
 
     def run(self, budget: Budget) -> None:
-        """Write every group that is not done yet.
+        """Write every group that is ours and not done yet.
 
         Raises:
             ConvertError, OSError: the first problem of any worker; the others stop at their next
@@ -201,7 +208,7 @@ class Executor:
         import torch
 
         todo: list[Group] = []
-        for group in self._sink.groups:
+        for group in self._groups:
             if self._sink.done(group) and self._recall(group):
                 self._progress(group.nbytes)
             else:
@@ -228,6 +235,27 @@ class Executor:
     def _run_group(self, group: Group, budget: Budget, local: threading.local) -> None:
         if self._stop.is_set():
             return
+        with self._alone(group):
+            if not (self._shared and self._sink.done(group) and self._recall(group)):
+                self._write_group(group, budget, local)
+
+    @contextlib.contextmanager
+    def _alone(self, group: Group) -> Iterator[None]:
+        """Hold a group against a process that was started twice."""
+        if not self._shared or self._notes is None:
+            yield
+            return
+        held = claim(self._notes / f"{CLAIM}{_flat(group)}")
+        if held is None:
+            raise ConvertError(
+                f"{group.name}: another process is writing it; wait for it to end, or stop it"
+            )
+        try:
+            yield
+        finally:
+            os.close(held)
+
+    def _write_group(self, group: Group, budget: Budget, local: threading.local) -> None:
         memory = local.__dict__.setdefault("memory", _Memory())
         writer = self._sink.open(group)
         encoder = Encoder(writer, memory.waiting)
@@ -263,7 +291,14 @@ class Executor:
 
     def _note_of(self, group: Group) -> Path:
         assert self._notes is not None
-        return self._notes / f"{NOTE}{group.name}.json"
+        return self._notes / f"{NOTE}{_flat(group)}.json"
+
+    def recall_others(self) -> None:
+        """Take up the losses of the groups that other processes wrote."""
+        mine = {group.name for group in self._groups}
+        for group in self._sink.groups:
+            if group.name not in mine:
+                self._recall(group)
 
     def _read_ahead(
         self, pieces: Sequence[_Piece], memory: _Memory
@@ -363,6 +398,11 @@ class Executor:
             for finding in validator.check(self._plan, name, rows, tensor):
                 if finding.severity == "error":
                     raise MismatchError(f"{finding.where}: {finding.what}; {finding.remedy}")
+
+
+def _flat(group: Group) -> str:
+    """A group's name as one file's."""
+    return group.name.replace("/", "-")
 
 
 def _part(tensor: Tensor, output: Output, piece: _Piece) -> Tensor:

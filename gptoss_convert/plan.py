@@ -231,7 +231,7 @@ class ConversionPlan:
             "parameters": self.parameters,
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,
-            "layout": asdict(self.target.layout),
+            "layout": {**asdict(self.target.layout), "stages": list(self.target.layout.stages)},
             "dialect": self.target.dialect or None,
             "iteration": self.target.iteration,
             "attachments": sorted(self.target.attachments),

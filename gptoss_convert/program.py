@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -165,19 +166,23 @@ def run_conversion(
     **_: Any,
 ) -> None:
     """Convert with progress on stderr, and print the result."""
+    from gptoss_convert.crew import current_crew
     from gptoss_convert.progress import reporting
     from gptoss_convert.report import print_result
 
     _import_torch()
-    with reporting(conversion.plan, show=not no_progress) as progress:
+    crew = current_crew()
+    with reporting(conversion.plan, show=not no_progress and crew.rank == 0) as progress:
         result = conversion.run(
             target,
             workers=workers,
             max_memory=max_memory,
             overwrite=overwrite,
             progress=progress,
+            command={"arguments": sys.argv[1:], "folder": os.getcwd()},
         )
-    echo_json(result.to_json()) if as_json else print_result(result)
+    if result.finished:
+        echo_json(result.to_json()) if as_json else print_result(result)
 
 
 def _import_torch() -> None:

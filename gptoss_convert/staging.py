@@ -59,18 +59,31 @@ class Staging:
         target: the folder to appear.
         key: stands for all that decides the result.
         replaceable: whether a non-empty target may be replaced.
+        shared: whether other processes work on the same result.
 
     """
 
     def __init__(
-        self, target: Path, key: str, replaceable: Callable[[Path], bool] = lambda _: False
+        self,
+        target: Path,
+        key: str,
+        replaceable: Callable[[Path], bool] = lambda _: False,
+        *,
+        shared: bool = False,
     ) -> None:
+        self._shared = shared
         self.target = Path(os.path.abspath(target))
+        self._mark = self.target.parent / f".{self.target.name}.finished-{key[:16]}"
         self.folder = self.target.parent / f".{self.target.name}.incomplete-{key[:16]}"
         self._old = self.target.parent / f".{self.target.name}.replaced"
         self._replaceable = replaceable
         self._lock: int | None = None
         self._made: list[Path] = []
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether processes that shared the work have put this very result in place."""
+        return self._shared and self._mark.exists() and self.target.is_dir()
 
     def check_target(self) -> None:
         """Refuse a target that is in use, before anything is read or written."""
@@ -111,15 +124,20 @@ class Staging:
         """
         self._made = [p for p in self.folder.parents if not p.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.folder, self.target)
+        self._lock = _lock(self.folder, self.target, shared=self._shared)
         for other in unfinished(self.target):
             if other != self.folder:
-                lock = _lock(other, self.target)
-                shutil.rmtree(other)
-                os.close(lock)
+                with contextlib.suppress(FileNotFoundError):  # another of us was faster
+                    lock = _lock(other, self.target)
+                    shutil.rmtree(other, ignore_errors=self._shared)
+                    os.close(lock)
+        if not self._shared:
+            self._remove_parts()
+        return any(p.is_file() for p in self.folder.rglob("*"))
+
+    def _remove_parts(self) -> None:
         for part in self.folder.rglob("*.part"):
             part.unlink()
-        return any(p.is_file() for p in self.folder.rglob("*"))
 
     def _refuse_to_replace(self) -> None:
         target = self.target
@@ -149,14 +167,21 @@ class Staging:
         Raises:
             ConvertError: if the target came into use meanwhile.
         """
+        self._remove_parts()
         sync_folder(self.folder)
         self._refuse_to_replace()
+        for mark in self.target.parent.glob(f".{glob.escape(self.target.name)}.finished-*"):
+            mark.unlink(missing_ok=True)
+        if self._shared and not self.target.exists():
+            self._mark.touch()  # before, so that no late process takes the target for a stranger's
         lock = None
         if self.target.is_dir():
             lock = _lock(self.target, self.target)
             self.target.rename(self._old)
         self.folder.rename(self.target)
         sync_folder(self.target.parent)
+        if self._shared:
+            self._mark.touch()
         if lock is not None:
             shutil.rmtree(self._old, ignore_errors=True)  # the next run cleans up what stays
             os.close(lock)
@@ -178,11 +203,11 @@ class Staging:
             self._lock = None
 
 
-def _lock(folder: Path, target: Path) -> int:
-    """Hold a folder for this process; the system lets go of it however the process ends."""
+def _lock(folder: Path, target: Path, *, shared: bool = False) -> int:
+    """Hold a folder for this process, or with others; the system lets go however they end."""
     fd = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
         raise ConvertError(f"{target}: another run is writing to it; wait for it to end") from None

@@ -91,7 +91,7 @@ def global_shape(output: Output, layers: int, *, stacked: bool) -> tuple[int, ..
     return lead + output.spec.shape
 
 
-def chunks(output: Output, shard: Shard, *, stacked: bool) -> Iterator[Chunk]:
+def chunks(output: Output, shard: Shard, *, stacked: bool = True) -> Iterator[Chunk]:
     """megatron-core's grid, in row-major order: one chunk per layer, expert and gate or up half.
 
     Loaders read whole chunks, so a finer grid costs nothing and a coarser one would.
