@@ -14,9 +14,10 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
-from gptoss_convert.errors import PluginError, UsageError
-from gptoss_convert.ops import PadVocab, units
+from gptoss_convert.errors import PluginError
+from gptoss_convert.ops import PadVocab
 from gptoss_convert.scratch import round_up
+from gptoss_convert.stages import Chunk, chunk_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -88,36 +89,12 @@ class Layout:
             UsageError: the layers do not spread over the stages.
 
         """
-        count = self.pp * self.vpp
-        sizes = self.stages or self._uneven(layers)
-        if len(sizes) != count or sum(sizes) != layers or min(sizes) < 0:
-            raise UsageError(
-                f"{'+'.join(map(str, sizes))} layers do not fill {count} pipeline stages with the "
-                f"model's {layers}; give {count} numbers with that sum"
-            )
+        sizes, count = chunk_sizes(self, layers), self.pp * self.vpp
         starts = itertools.accumulate(sizes, initial=0)
         return [
             Chunk(index % self.pp, index // self.pp, start, size, index == count - 1)
             for index, (start, size) in enumerate(zip(starts, sizes, strict=False))
         ]
-
-    def _uneven(self, layers: int) -> tuple[int, ...]:
-        """Layers by chunk: a stage's layers are spread equally over its chunks."""
-        fixed = [n for n in (self.first, self.last) if n is not None]
-        middle, rest = self.pp - len(fixed), layers - sum(fixed)
-        if not fixed:
-            what = f"--pp {self.pp}" + (f" with --vpp {self.vpp}" if self.vpp > 1 else "")
-            must_divide(what, self.pp * self.vpp, layers, "layers", self.vpp)
-        elif middle < 0 or (rest != 0 if middle == 0 else rest < 0 or rest % middle):
-            raise UsageError(
-                f"the first and last pipeline stage leave {rest} of {layers} layers to {middle} "
-                f"others, which does not divide; give them more or fewer layers"
-            )
-        between = [rest // middle] * middle if middle else []
-        head, tail = ([] if n is None else [n] for n in (self.first, self.last))
-        for size in {*head, *between, *tail}:
-            must_divide(f"--vpp {self.vpp}", self.vpp, size, "layers of a pipeline stage")
-        return tuple(size // self.vpp for size in (*head, *between, *tail)) * self.vpp
 
     def padded(self, rows: int) -> int:
         """Rows of a vocabulary table that every tensor-parallel rank can have an equal part of."""
@@ -132,56 +109,6 @@ class Rank:
     pp: int
     ep: int
     etp: int
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Consecutive layers on one pipeline stage.
-
-    Attributes:
-        pp: the stage.
-        number: which of the stage's chunks it is (its place in a virtual pipeline).
-        first: its first layer.
-        layers: how many it has.
-        is_last: whether what comes after the layers is here too.
-
-    """
-
-    pp: int
-    number: int
-    first: int
-    layers: int
-    is_last: bool
-
-    @property
-    def is_first(self) -> bool:
-        """Whether what comes before the layers is here too."""
-        return self.pp == self.number == 0
-
-    def has(self, parameter: Parameter) -> bool:
-        """Whether a parameter is part of this chunk."""
-        if parameter.layer is None:
-            return self.is_first if parameter.is_before_layers else self.is_last
-        return self.first <= parameter.layer < self.first + self.layers
-
-
-def must_divide(what: str, count: int, whole: int, of: str, per: int = 1) -> None:
-    """Raise UsageError, one sentence with the nearest number that works, unless it divides.
-
-    Args:
-        what: the option and its value, such as ``--tp 3``.
-        count: the value.
-        whole: what it has to divide.
-        of: what that is a number of.
-        per: the option's value counts this many times.
-
-    """
-    if count > 0 and whole % count == 0:
-        return
-    fitting = [n // per for n in range(per, whole + 1, per) if whole % n == 0]
-    nearest = min(fitting, key=lambda n: (abs(n - count / per), n), default=None)
-    advice = f"the nearest that works is {nearest}" if nearest else "leave it out"
-    raise UsageError(f"{what} does not divide the {whole} {of}; {advice}")
 
 
 @dataclass(frozen=True)
@@ -235,8 +162,8 @@ class Parameter:
 
 def grain(op: Op, shape: tuple[int, ...]) -> int:
     """Into how many blocks of rows a parameter may be cut; every row by itself unless the op says."""
-    count = units(op, shape)
-    return count if count > 1 else shape[0]
+    count = getattr(op, "units", None)
+    return int(count(shape)) if count else shape[0]
 
 
 @dataclass(frozen=True)

@@ -300,7 +300,7 @@ class Resharder:
     Attributes:
         name: the axis, a field of ``Layout``: ``tp``, ``pp``, ``ep`` or ``etp``.
         cut: what each rank of the axis has, ranks that have nothing left out; raises ``UsageError``
-            (``layout.must_divide``) if the layout does not divide the parameter.
+            (``stages.must_divide``) if the layout does not divide the parameter.
 
     """
 

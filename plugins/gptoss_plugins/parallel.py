@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gptoss_convert import Resharder, Shard, hookimpl
-from gptoss_convert.layout import EVERYWHERE, Share, must_divide
+from gptoss_convert.layout import EVERYWHERE, Share
+from gptoss_convert.stages import must_divide
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -35,9 +36,8 @@ def expert_parallel(parameter: Parameter, layout: Layout) -> Sequence[Share]:
 
 def pipeline_parallel(parameter: Parameter, layout: Layout) -> Sequence[Share]:
     """Whole layers; what comes before and after them to the first and the last stage."""
-    if layout.pp == 1:
-        return EVERYWHERE
-    return [Share(c.pp) for c in layout.chunks(parameter.layers) if c.has(parameter)]
+    chunks = layout.chunks(parameter.layers)
+    return [Share(c.pp) for c in chunks if c.has(parameter)] if layout.pp > 1 else EVERYWHERE
 
 
 def _cut(
