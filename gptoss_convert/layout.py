@@ -252,7 +252,7 @@ def join(cut: Sequence[tuple[Piece, Tensor]], parameter: Parameter) -> Tensor:
             raise ValueError(
                 f"{parameter.name}: a piece of {list(tensor.shape)}, not {piece.shape}"
             )
-        _put(whole, piece.box, tensor)
+        put(whole, piece.box, tensor)
     return whole
 
 
@@ -271,8 +271,8 @@ def take(tensor: Tensor, box: Sequence[Ranges]) -> Tensor:
     return tensor
 
 
-def _put(whole: Tensor, box: Sequence[Ranges], part: Tensor) -> None:
-    """Copy a piece to its place in the whole, run by run."""
+def put(whole: Tensor, box: Sequence[Ranges], part: Tensor) -> None:
+    """Copy a piece to its place in the whole, run by run; what lies past an end is left out."""
     for runs in itertools.product(*(_placed(r, n) for r, n in zip(box, whole.shape, strict=True))):
         to, of = whole, part
         for dim, (start, size, at) in enumerate(runs):
