@@ -55,7 +55,7 @@ class Result:
     seconds: float
     resumed: bool
     losses: Mapping[str, Loss] = field(default_factory=dict, repr=False)
-    finished: bool = True  # False if other processes are still at it
+    finished: bool = True  # False if another process put it in place, or will
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; the schema is described in docs/json.md."""
@@ -136,7 +136,7 @@ class Conversion:
         )
         if staging.is_finished:
             log.info("%s: is finished already", staging.target)
-            return Result(self.plan, staging.target, 0.0, True)
+            return Result(self.plan, staging.target, 0.0, resumed=True, finished=False)
         staging.check_target()
         sink = self.sink(staging.folder)
         budget = make_budget(sink, workers or default_workers(), max_memory)
@@ -145,7 +145,7 @@ class Conversion:
         try:
             if resumed := staging.open():
                 log.info("going on with the unfinished %s", staging.folder)
-            if command and not crew.is_alone:
+            if command and crew.size > 1:
                 name = f"{COMMAND}{crew.rank}.json"
                 write_file(staging.folder / name, json.dumps(command).encode())
             executor = Executor(

@@ -245,7 +245,7 @@ class Executor:
         if not self._shared or self._notes is None:
             yield
             return
-        held = claim(self._notes / f"{CLAIM}{_flat(group)}")
+        held = claim(self._notes / f"{CLAIM}{_flat(group)}.lock")
         if held is None:
             raise ConvertError(
                 f"{group.name}: another process is writing it; wait for it to end, or stop it"

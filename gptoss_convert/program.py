@@ -172,7 +172,8 @@ def run_conversion(
 
     _import_torch()
     crew = current_crew()
-    with reporting(conversion.plan, show=not no_progress and crew.rank == 0) as progress:
+    show = not no_progress and crew.rank == 0
+    with reporting(conversion.plan, show=show, processes=crew.size) as progress:
         result = conversion.run(
             target,
             workers=workers,

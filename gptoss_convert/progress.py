@@ -22,19 +22,19 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextlib.contextmanager
-def reporting(plan: ConversionPlan, *, show: bool) -> Iterator[Progress]:
-    """A callback that takes the bytes just finished, from any thread."""
+def reporting(plan: ConversionPlan, *, show: bool, processes: int = 1) -> Iterator[Progress]:
+    """A callback that takes the bytes just finished, from any thread, as one of so many processes."""
     if not show:
         yield lambda nbytes: None
     elif sys.stderr.isatty():
-        with _bar(plan) as progress:
+        with _bar(plan, processes) as progress:
             yield progress
     else:
-        yield _Lines(plan).advance
+        yield _Lines(plan, processes).advance
 
 
 @contextlib.contextmanager
-def _bar(plan: ConversionPlan) -> Iterator[Progress]:
+def _bar(plan: ConversionPlan, processes: int) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -53,15 +53,16 @@ def _bar(plan: ConversionPlan) -> Iterator[Progress]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(plan.direction, total=plan.bytes_out)
+        task = bar.add_task(plan.direction, total=plan.bytes_out // processes)
         yield lambda nbytes: bar.advance(task, nbytes)
 
 
 class _Lines:
     """A log line every ten seconds; short work says nothing."""
 
-    def __init__(self, plan: ConversionPlan) -> None:
-        self._what, self._total, self._done = plan.direction, plan.bytes_out, 0
+    def __init__(self, plan: ConversionPlan, processes: int) -> None:
+        self._what, self._done = plan.direction, 0
+        self._total = plan.bytes_out // processes
         self._started = self._said = time.monotonic()
         self._lock = threading.Lock()
 
