@@ -1,53 +1,58 @@
 """One tensor in the form ``torch.save`` gives it, written and read as a stream.
 
-Such an item is a zip archive of stored (uncompressed) records: a pickle that rebuilds the tensor,
-and its bytes. Written here byte by byte, so that data can flow through without ever being whole
-in memory and the bytes do not depend on torch's version. Read here without executing anything, so
-that part of an item can be read.
+Such an item is a zip archive: a pickle that rebuilds the tensor, and its bytes. Read without
+executing anything, so that part of an item can be read.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import struct
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from gptoss_convert.dtypes import itemsize
+from gptoss_convert.dtypes import itemsize, torch_dtype
 from gptoss_convert.errors import CheckpointError
 from gptoss_plugins.megatron.safe_pickle import TensorRecord, load_tensor_record
+from gptoss_plugins.megatron.ziprecords import (
+    ALIGNMENT,
+    Archive,
+    Record,
+    directory,
+    local_header,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import Tensor
+
     from gptoss_convert.blockio import BlockReader
+    from gptoss_convert.scratch import Scratch
     from gptoss_convert.types import TensorSpec
 
-ALIGNMENT = 64  # of an item in its file, and of the data in the item, as torch.save aligns it
-_STORAGE = {
+__all__ = ["ALIGNMENT", "Frame", "Item", "frame", "read_item", "view"]
+STORAGE = {
     "BF16": "BFloat16Storage",
     "F16": "HalfStorage",
     "F32": "FloatStorage",
     "F64": "DoubleStorage",
 }
-# Zip records (PKWARE APPNOTE 6.3): local header, central entry, end of directory.
-_LOCAL = struct.Struct("<4sHHHHHIIIHH")
-_CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
-_END = struct.Struct("<4sHHHHIIH")
-_EXTRA = struct.Struct("<2sH")
-_UTF8, _DESCRIPTOR_FOLLOWS = 0x800, 0x8  # flags
-_DOS_DATE = 0x21  # 1 January 1980, the earliest there is: the bytes must not depend on the clock
+SMALL = (("byteorder", b"little"), ("version", b"3\n"))  # records of every torch.save file
 
 
-@dataclass(frozen=True)
-class _Record:
-    name: bytes
-    offset: int
-    size: int
-    checksum: int
+def preamble(pickled: bytes) -> tuple[bytes, list[Record]]:
+    """What a torch.save file begins with: everything but tensors; and the records that this is."""
+    records, out = [], io.BytesIO()
+    for name, data in (("data.pkl", pickled), *SMALL):
+        record = Record(name, out.tell(), len(data), zlib.crc32(data))
+        out.write(local_header(record) + data)
+        records.append(record)
+    return out.getvalue(), records
 
 
 class Frame:
@@ -67,20 +72,10 @@ class Frame:
     """
 
     def __init__(self, spec: TensorSpec) -> None:
-        records = []
-        out = io.BytesIO()
-        for name, data in (
-            ("data.pkl", _rebuild_pickle(spec)),
-            ("byteorder", b"little"),
-            ("version", b"3\n"),
-        ):
-            record = _Record(_named(name), out.tell(), len(data), zlib.crc32(data))
-            out.write(_local_header(record) + data)
-            records.append(record)
-        records.append(_Record(_named("data/0"), out.tell(), spec.nbytes, 0))
-        out.write(_local_header(records[-1]))
-        self.head = out.getvalue()
-        self.tail = _directory(records, len(self.head) + spec.nbytes)
+        start, records = preamble(_rebuild_pickle(spec))
+        records.append(Record("data/0", len(start), spec.nbytes))
+        self.head = start + local_header(records[-1])
+        self.tail = directory(records, len(self.head) + spec.nbytes)
         self.data_bytes = spec.nbytes
         self.nbytes = len(self.head) + spec.nbytes + len(self.tail)
 
@@ -91,33 +86,6 @@ def frame(spec: TensorSpec) -> Frame:
     return Frame(spec)
 
 
-def _named(name: str) -> bytes:
-    return f"archive/{name}".encode()
-
-
-def _local_header(record: _Record) -> bytes:
-    """A header whose extra field pads the data behind it to ALIGNMENT, as torch.save does."""
-    bare = record.offset + _LOCAL.size + len(record.name) + _EXTRA.size
-    fill = -bare % ALIGNMENT
-    lengths = (record.size, record.size, len(record.name), _EXTRA.size + fill)
-    fixed = _LOCAL.pack(b"PK\3\4", 20, _UTF8, 0, 0, _DOS_DATE, record.checksum, *lengths)
-    return fixed + record.name + _EXTRA.pack(b"FB", fill) + bytes(fill)
-
-
-def _directory(records: Sequence[_Record], start: int) -> bytes:
-    """The central directory, which begins ``start`` bytes into the item, and its end record."""
-    entries = b"".join(
-        _CENTRAL.pack(
-            b"PK\1\2", 20, 20, _UTF8, 0, 0, _DOS_DATE, r.checksum, r.size, r.size, len(r.name),
-            0, 0, 0, 0, 0, r.offset,
-        )
-        + r.name
-        for r in records
-    )  # fmt: skip
-    count = len(records)
-    return entries + _END.pack(b"PK\5\6", 0, 0, count, count, len(entries), start, 0)
-
-
 def _rebuild_pickle(spec: TensorSpec) -> bytes:
     """The pickle torch.save writes for a contiguous tensor, opcode by opcode.
 
@@ -126,7 +94,7 @@ def _rebuild_pickle(spec: TensorSpec) -> bytes:
     """
     storage = (
         _text("storage")
-        + _global("torch", _STORAGE[spec.dtype])
+        + _global("torch", STORAGE[spec.dtype])
         + b"".join((_text("0"), _text("cpu"), _integer(spec.numel)))
     )
     arguments = (
@@ -191,100 +159,57 @@ def read_item(file: BlockReader, offset: int, length: int) -> Item:
     """
     where = f"{file.path} at byte {offset}"
     try:
-        records = _records(file, offset, length)
-        (pickled,) = [r for r in records if r.name.endswith(b"/data.pkl")]
-        rebuild = file.peek(pickled.start, pickled.size)
-        if pickled.checksum not in (0, zlib.crc32(rebuild)):
-            raise ValueError("its pickle's checksum is wrong")
-        record = load_tensor_record(rebuild, where)
-        suffix = f"/data/{record.key}".encode()
-        (data,) = [r for r in records if r.name.endswith(suffix)]
-        return _checked(record, data.start, data.size, where)
+        archive = Archive(file, offset, length)
+        record = load_tensor_record(read_pickle(file, archive), where)
+        return locate(archive, record)
     except (ValueError, KeyError, struct.error) as error:
         raise CheckpointError(
             f"{where}: is no stored tensor ({error}); the file is damaged, fetch it again"
         ) from None
 
 
-def _checked(record: TensorRecord, start: int, size: int, where: str) -> Item:
-    """The item, if its tensor lies inside its storage."""
+def read_pickle(file: BlockReader, archive: Archive) -> bytes:
+    """The pickle of a torch.save archive.
+
+    Raises:
+        ValueError, KeyError: it is not there, or damaged.
+
+    """
+    entry = archive.entries["data.pkl"]
+    data = file.peek(archive.start(entry), entry.size)
+    if entry.checksum not in (0, zlib.crc32(data)):
+        raise ValueError("its pickle's checksum is wrong")
+    return data
+
+
+def locate(archive: Archive, record: TensorRecord) -> Item:
+    """Where a tensor of an archive is.
+
+    Raises:
+        ValueError, KeyError: it is not whole there.
+
+    """
+    entry = archive.entries[f"data/{record.key}"]
     last = sum((n - 1) * s for n, s in zip(record.shape, record.strides, strict=True))
     bytes_needed = (record.offset + last + 1) * itemsize(record.dtype)
-    if min((0, record.offset, *record.shape, *record.strides)) < 0 or bytes_needed > size:
-        raise ValueError(f"a tensor {list(record.shape)} in {size} bytes")
-    first = start + record.offset * itemsize(record.dtype)
+    least = min((0, record.offset, *record.shape, *record.strides))
+    if least < 0 or bytes_needed > entry.size:
+        raise ValueError(f"a tensor {list(record.shape)} in {entry.size} bytes")
+    first = archive.start(entry) + record.offset * itemsize(record.dtype)
     return Item(record.dtype, record.shape, record.strides, first)
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A record of an item being read; ``start`` is the first byte of its data in the file."""
-
-    name: bytes
-    start: int
-    size: int
-    checksum: int
-
-
-def _records(file: BlockReader, offset: int, length: int) -> list[_Entry]:
-    """The records of an item, from the directory at its end, checked against their headers."""
-    tail = file.peek(offset + max(0, length - (1 << 16)), min(length, 1 << 16))
-    end = tail.rindex(b"PK\5\6")
-    _, _, _, _, count, _, start, _ = _END.unpack_from(tail, end)
-    if start == 0xFFFFFFFF:  # the 64-bit end record stands before the locator and this one
-        wide = tail.rindex(b"PK\6\6", 0, end)
-        count, _size, start = struct.unpack_from("<QQQ", tail, wide + 32)
-    at = len(tail) - length + start
-    listed = []
-    directory = offset + length - len(tail) + at
-    for _ in range(count):
-        _, _, _, flags, method, _, _, crc, packed, plain, name, extra, note, _, _, _, header = (
-            _CENTRAL.unpack_from(tail, at)
-        )
-        if method != 0:
-            raise ValueError("a compressed record")
-        text = tail[at + _CENTRAL.size :][:name]
-        plain, header = _wide(tail[at + _CENTRAL.size + name :][:extra], plain, packed, header)
-        listed.append((offset + header, flags, _Entry(text, 0, plain, crc)))
-        at += _CENTRAL.size + name + extra + note
-    listed.sort(key=lambda record: record[0])
-    ends = [header for header, _, _ in listed[1:]] + [directory]
-    return [_located(file, *record, end) for record, end in zip(listed, ends, strict=True)]
-
-
-def _located(file: BlockReader, header: int, flags: int, entry: _Entry, end: int) -> _Entry:
-    """Where the data of a record begins; its own header must not shift it by a single byte.
-
-    Args:
-        file: the file.
-        header: where the record's header is in it.
-        flags: from the directory; they say whether checksum and sizes follow the data.
-        entry: the record as the directory has it.
-        end: where the next record, or the directory, begins.
-    """
-    fixed = file.peek(header, _LOCAL.size + len(entry.name))
-    *_, name, extra = _LOCAL.unpack_from(fixed)
-    start = header + _LOCAL.size + name + extra
-    between = end - start - entry.size
-    if fixed[_LOCAL.size :] != entry.name or name != len(entry.name):
-        raise ValueError("a record whose header has another name")
-    if between not in ((16, 24) if flags & _DESCRIPTOR_FOLLOWS else (0,)):
-        raise ValueError("a record that does not end where the next begins")
-    return replace(entry, start=start)
-
-
-def _wide(extra: bytes, plain: int, packed: int, header: int) -> tuple[int, int]:
-    """Size and header offset, taken from the 64-bit field where the 32-bit ones are full."""
-    wide = io.BytesIO()
-    while len(extra) >= 4:
-        kind, size = struct.unpack_from("<HH", extra)
-        if kind == 1:
-            wide = io.BytesIO(extra[4 : 4 + size])
-        extra = extra[4 + size :]
-
-    def full(value: int) -> int:
-        return int.from_bytes(wide.read(8), "little") if value == 0xFFFFFFFF else value
-
-    plain = full(plain)
-    full(packed)
-    return plain, full(header)
+def view(
+    file: BlockReader, item: Item, offsets: Sequence[int], sizes: Sequence[int], scratch: Scratch
+) -> Tensor:
+    """A box of a stored tensor: the bytes from its first to its last element, then a view."""
+    width = itemsize(item.dtype)
+    first = sum(i * s for i, s in zip(offsets, item.strides, strict=True))
+    last = first + sum((n - 1) * s for n, s in zip(sizes, item.strides, strict=True))
+    data = file.read(item.start + first * width, (last - first + 1) * width, scratch)
+    if data.storage_offset() % width:
+        data = scratch.copy(data)
+    flat = data.view(torch_dtype(item.dtype))
+    if item.strides == strides(item.shape) and math.prod(sizes) == flat.numel():
+        return flat.view(tuple(sizes))
+    return flat.as_strided(tuple(sizes), item.strides, flat.storage_offset())
