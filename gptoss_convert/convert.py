@@ -28,7 +28,6 @@ from gptoss_convert.opening import (
 )
 from gptoss_convert.plan import Target, make_plan, parameters, to_megatron
 from gptoss_convert.registry import Registry, default_registry
-from gptoss_convert.types import MegatronSource
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -141,6 +140,11 @@ def prepare_export(
     if source.config is None and reference is not None:
         config, files = own_config(reference), reference.files
     else:
+        if source.config is None:
+            log.warning(
+                "config.json is made from Megatron's fields, and lacks what Megatron does not know, "
+                "such as special tokens; name the model with --hf-model to carry that too"
+            )
         config, files = config_of(source, registry, choice), source.files
         if reference is not None:
             _require_same_model(config, own_config(reference), registry, choice, hf_model)
@@ -239,7 +243,7 @@ def prepare(
     """Plan any direction; arguments as for ``make_plan`` and the functions above."""
     family = registry.model_for(config, choice.model)
     known = parameters(family, config, str(source.path))
-    if isinstance(source, MegatronSource):
+    if hasattr(source, "arrange"):
         source.arrange(known)
     encoding = hints = None
     if encode_as:
@@ -268,7 +272,7 @@ def prepare(
         target=target,
     )
     side: Side = "megatron" if direction in ("import", "reshard") else "hf"
-    format_ = _target_format(side, registry, choice)
+    format_ = target_format(side, registry, choice)
     if target:
         _check_target(target, known, format_, registry)
     return Conversion(plan, source, format_, registry, hints=hints)
@@ -287,7 +291,8 @@ def _check_target(
         pieces(parameter, target.layout, registry.resharders())
 
 
-def _target_format(side: Side, registry: Registry, choice: Choice) -> Format:
+def target_format(side: Side, registry: Registry, choice: Choice) -> Format:
+    """The format to write: the one chosen, or its side's usual one."""
     formats = registry.formats(side)
     default = [name for name, f in formats.items() if f.preferred or len(formats) == 1]
     name = choice.format if choice.format in formats else next(iter(default), None)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from gptoss_convert.errors import ConvertError, PlanError
 from gptoss_convert.opening import config_of, own_config
 from gptoss_convert.plan import ConversionPlan, make_plan, parameters
-from gptoss_convert.types import MegatronSource
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +33,7 @@ def inspect_source(source: TensorSource, registry: Registry, choice: Choice) -> 
     try:
         config = own_config(source) if importing else config_of(source, registry, choice)
         family = registry.model_for(config, choice.model)
-        if isinstance(source, MegatronSource):
+        if hasattr(source, "arrange"):
             source.arrange(parameters(family, config, str(source.path)))
         plan = make_plan(
             "import" if importing else "export",

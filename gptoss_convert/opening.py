@@ -103,10 +103,6 @@ def config_of(source: TensorSource, registry: Registry, choice: Choice) -> Confi
             f"{source.path}: carries no config of its model; name one with --hf-model"
             + ("" if fields is None else f" or --model ({' or '.join(sorted(families))})")
         )
-    log.warning(
-        "config.json is made from Megatron's fields, and lacks what Megatron does not know, such as "
-        "special tokens; name the model with --hf-model to carry that too"
-    )
     try:
         return families[name].hf_config(fields)
     except (KeyError, TypeError) as error:

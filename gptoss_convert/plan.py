@@ -12,7 +12,7 @@ from gptoss_convert.errors import ConfigError, PlanError, blame
 from gptoss_convert.fit import Direction, Draft, Fitter, Input, house_dtype
 from gptoss_convert.layout import Layout, Parameter, Ranges, grain
 from gptoss_convert.ops import COPY, Blocks, Op, PadVocab, units
-from gptoss_convert.types import Codec, Config, ModelFamily, Rule, TensorSpec
+from gptoss_convert.types import Codec, Config, ModelFamily, Rule, TensorSpec, TrainingState
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -134,6 +134,7 @@ class Target:
         dialect: which of its format's ways to name things; "" for the first.
         iteration: its number.
         attachments: further files, copied as they are: name in the iteration's folder -> file.
+        state: what training left, to be carried along unchanged.
 
     """
 
@@ -141,6 +142,7 @@ class Target:
     dialect: str = ""
     iteration: int = 0
     attachments: Mapping[str, Path] = field(default_factory=dict)
+    state: TrainingState | None = None
 
 
 @dataclass(frozen=True)
@@ -235,6 +237,7 @@ class ConversionPlan:
             "dialect": self.target.dialect or None,
             "iteration": self.target.iteration,
             "attachments": sorted(self.target.attachments),
+            "training_state": self.target.state is not None,
             "megatron_config": dict(self.megatron_config),
             "files": sorted(self.files),
             "dropped": [{"name": name, "reason": reason} for name, reason in self.dropped],

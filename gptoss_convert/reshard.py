@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gptoss_convert.convert import prepare
-from gptoss_convert.errors import PluginError
+from gptoss_convert.convert import prepare, target_format
+from gptoss_convert.errors import PluginError, UsageError
 from gptoss_convert.layout import Layout
 from gptoss_convert.opening import Choice, config_of, open_source
 from gptoss_convert.plan import Target
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gptoss_convert.conversion import Conversion
+    from gptoss_convert.types import Format, TrainingState
 
 
 def prepare_reshard(
@@ -24,6 +25,7 @@ def prepare_reshard(
     layout: Layout | None = None,
     torch_dtype: str | None = None,
     dialect: str | None = None,
+    optimizer: bool = True,
     registry: Registry | None = None,
     choice: Choice | None = None,
 ) -> Conversion:
@@ -34,6 +36,7 @@ def prepare_reshard(
         layout: the parallel layout to write for, of a format that depends on it.
         torch_dtype: element type to write; None keeps each tensor's own.
         dialect: which of the format's ways to name things.
+        optimizer: carry along what training left besides the weights, if the formats allow.
         registry: the plugins; the installed ones by default.
         choice: decides where several plugins would do; its format is the one to write.
 
@@ -53,5 +56,32 @@ def prepare_reshard(
         registry=registry,
         choice=choice,
         dtype=torch_dtype,
-        target=Target(layout or Layout(), dialect or "", source.number, source.attachments),
+        target=Target(
+            layout or Layout(),
+            dialect or "",
+            source.number,
+            source.attachments,
+            _state(source, target_format("megatron", registry, choice), dialect, optimizer),
+        ),
     )
+
+
+def _state(
+    source: MegatronSource, target: Format, dialect: str | None, wanted: bool
+) -> TrainingState | None:
+    """The training state to carry, if there is any and it is wanted.
+
+    Raises:
+        UsageError: the target cannot hold it.
+
+    """
+    state = source.state if wanted else None
+    if state is None:
+        return None
+    there = target.name, dialect or next(iter(target.dialects), "")
+    if there != (state.format, state.dialect):
+        raise UsageError(
+            f"{source.path}: holds an optimizer's state, which only torch_dist carries, unchanged and "
+            f"with keys of the same dialect; say --no-optimizer to write the weights alone"
+        )
+    return state

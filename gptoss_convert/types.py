@@ -210,6 +210,21 @@ class TensorSource(Protocol):
         """The tensor, or ``rows`` of its dim 0. Memory may be taken from ``scratch``."""
 
 
+@dataclass(frozen=True)
+class TrainingState:
+    """What training left in a checkpoint besides weights; only its own format can carry it.
+
+    Attributes:
+        format, dialect: of the checkpoint; "" if nothing can carry it.
+        folder: of the iteration.
+
+    """
+
+    format: str
+    dialect: str
+    folder: Path
+
+
 @runtime_checkable
 class MegatronSource(TensorSource, Protocol):
     """A Megatron checkpoint."""
@@ -221,6 +236,10 @@ class MegatronSource(TensorSource, Protocol):
     @property
     def attachments(self) -> Mapping[str, Path]:
         """Files of the iteration that go wherever the weights go: name in its folder -> file."""
+
+    @property
+    def state(self) -> TrainingState | None:
+        """An optimizer's state and what goes with it, or None."""
 
     def arrange(self, parameters: Mapping[str, Parameter]) -> None:
         """Learn how the model's parameters are cut; called before ``specs`` and ``read``."""

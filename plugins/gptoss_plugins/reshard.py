@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 @click.option("--output", type=Folder(), help="Megatron folder to write.")
 @layout_options
 @torch_dtype_option
+@click.option(
+    "--optimizer/--no-optimizer",
+    default=True,
+    show_default=True,
+    help="Carry what training left besides the weights (torch_dist to torch_dist only).",
+)
 @run_options
 @common_options
 @click.pass_context
@@ -37,6 +43,7 @@ def reshard(
     output: Path | None,
     torch_dtype: str | None,
     dialect: str | None,
+    optimizer: bool,
     **rest: Any,
 ) -> None:
     """Megatron checkpoint -> the same for another parallel layout, format or dialect.
@@ -52,6 +59,7 @@ def reshard(
         layout=layout_of(**rest),
         torch_dtype=torch_dtype,
         dialect=dialect,
+        optimizer=optimizer,
         registry=registry_of(ctx),
         choice=choice_of(**rest),
     )

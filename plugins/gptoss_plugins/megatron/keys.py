@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 
     from gptoss_convert.plan import Output
 
+STACKED, PER_LAYER = DIALECTS = ("stacked", "per-layer")
 _LAYERS = "decoder.layers."
 _NUMBERED = re.compile(rf"{re.escape(_LAYERS)}(\d+)\.(.*)")
 _LARGEST_CHUNK = 1 << 31  # bytes; a zip entry without 64-bit sizes ends at 4 GiB
 # What a training checkpoint holds besides the model's weights.
+OPTIMIZER = ("optimizer.", "chained_")
 _STATE = (
-    "optimizer.",
-    "chained_",
+    *OPTIMIZER,
     "rng_state",
     "rerun_state",
     "opt_param_scheduler",
@@ -85,7 +86,7 @@ def is_weight(key: str) -> bool:
     return not key.startswith(_STATE)
 
 
-def global_shape(output: Output, layers: int, *, stacked: bool) -> tuple[int, ...]:
+def global_shape(output: Output, layers: int, *, stacked: bool = True) -> tuple[int, ...]:
     """Shape of the whole key that a parameter is part of."""
     lead = () if place(output.name, stacked=stacked).layer is None else (layers,)
     return lead + output.spec.shape

@@ -11,7 +11,7 @@ import io
 import pickle
 import zipfile
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from gptoss_convert.dtypes import from_torch_name
 from gptoss_convert.errors import CheckpointError, UsageError
@@ -195,11 +195,12 @@ def load_tensor_record(data: bytes, where: str) -> TensorRecord:
     return record
 
 
-def load_torch_file(path: Path) -> Any:
+def load_torch_file(path: Path | IO[bytes], where: str = "") -> Any:
     """Unpickle the object of a ``torch.save`` file; tensors in it stay TensorRecords."""
+    where = where or str(path)
     try:
         with zipfile.ZipFile(path) as archive:
             (name,) = [n for n in archive.namelist() if n.endswith("/data.pkl")]
-            return load(archive.read(name), str(path))
+            return load(archive.read(name), where)
     except (OSError, ValueError, zipfile.BadZipFile, RuntimeError) as error:
-        raise CheckpointError(f"{path}: is no torch.save file ({error}); fetch it again") from None
+        raise CheckpointError(f"{where}: is no torch.save file ({error}); fetch it again") from None

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from gptoss_convert.layout import Layout
     from gptoss_convert.plan import ConversionPlan
+    from gptoss_plugins.megatron.metadata import Stored
 
 METADATA_JSON = {
     "sharded_backend": "torch_dist",
@@ -174,9 +175,23 @@ def common_place(folder: Path, objects: Collection[str]) -> str:
     return COMMON_OBJECT if COMMON_OBJECT in objects else "missing"
 
 
-def read_megatron_config(folder: Path) -> dict[str, Any] | None:
-    """The model's fields from ``run_config.yaml`` or from ``args``; None if neither is there."""
-    return _from_run_config(folder / RUN_CONFIG) or _from_arguments(folder / COMMON)
+def read_megatron_config(folder: Path, common: Any) -> dict[str, Any] | None:
+    """The model's fields from ``run_config.yaml`` or from ``args`` in the common state, if any."""
+    return _from_run_config(folder / RUN_CONFIG) or fields_of(common)
+
+
+def read_common(folder: Path, objects: Mapping[str, Stored]) -> Any:
+    """The common state, wherever the version that wrote it keeps it; None if there is none."""
+    if (folder / COMMON).is_file():
+        return safe_pickle.load_torch_file(folder / COMMON)
+    if (at := objects.get(COMMON_OBJECT)) is None:
+        return None
+    path = folder / at.file
+    with open(path, "rb") as file:
+        file.seek(at.offset)
+        data = io.BytesIO(file.read(at.length))
+    found = safe_pickle.load_torch_file(data, f"{path} ({COMMON_OBJECT})")
+    return found[0] if isinstance(found, list) and found else found
 
 
 def _from_run_config(path: Path) -> dict[str, Any] | None:
@@ -196,10 +211,8 @@ def _from_run_config(path: Path) -> dict[str, Any] | None:
     return fields
 
 
-def _from_arguments(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    common = safe_pickle.load_torch_file(path)
+def fields_of(common: Any) -> dict[str, Any] | None:
+    """The model's fields from the ``args`` of Megatron-LM; None if there are none."""
     args = common.get("args") if isinstance(common, dict) else None
     if not isinstance(args, safe_pickle.Inert):
         return None
@@ -207,6 +220,8 @@ def _from_arguments(path: Path) -> dict[str, Any] | None:
     for argument, name in _ARGUMENTS.items():
         if fields.get(argument) is not None:
             fields.setdefault(name, fields[argument])
+    if fields.get("vocab_size") is None:  # left to the tokenizer
+        fields["vocab_size"] = fields.get("padded_vocab_size")
     if "untie_embeddings_and_output_weights" in fields:
         tied = not fields["untie_embeddings_and_output_weights"]
         fields.setdefault("share_embeddings_and_output_weights", tied)

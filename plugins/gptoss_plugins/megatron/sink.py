@@ -21,6 +21,7 @@ from gptoss_plugins.huggingface.sink import open_shard, shard_header
 from gptoss_plugins.megatron import folder as names
 from gptoss_plugins.megatron import metadata, sidecars
 from gptoss_plugins.megatron.keys import (
+    PER_LAYER,
     Chunk,
     chunks,
     extra_state_modules,
@@ -28,6 +29,7 @@ from gptoss_plugins.megatron.keys import (
     global_shape,
     place,
 )
+from gptoss_plugins.megatron.state import CarriedState
 from gptoss_plugins.megatron.torchzip import ALIGNMENT, Frame, frame
 
 if TYPE_CHECKING:
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-STACKED, PER_LAYER = DIALECTS = ("stacked", "per-layer")
 _METADATA_BYTES_PER_ENTRY = 512  # more than a pickled chunk or object takes
 
 
@@ -66,7 +67,11 @@ class TorchDistSink:
         ]
         self._kept = {name: Group(name, plan.kept) for name in _kept_files(plan)}
         self._copied = {name: Group(name, ()) for name in plan.target.attachments}
-        self.groups: Sequence[Group] = [*self._kept.values(), *self._copied.values(), *self._data]
+        self._state = CarriedState(plan.target.state.folder) if plan.target.state else None
+        state = [Group(name, ()) for name in self._state.files] if self._state else []
+        self.groups: Sequence[Group] = [
+            *self._kept.values(), *self._copied.values(), *state, *self._data
+        ]  # fmt: skip
         self._items = {group.name: dict(self._place(group)) for group in self._data}
 
     def _place(self, group: Group) -> Iterator[tuple[str, list[_Item]]]:
@@ -99,6 +104,7 @@ class TorchDistSink:
         entries += sum(1 for m, o in modules.items() for _ in self._objects_of(m, o))
         copied = (*self._plan.files.values(), *self._plan.target.attachments.values())
         companions = sum(path.stat().st_size for path in copied)
+        data += self._state.nbytes if self._state else 0
         return data + entries * _METADATA_BYTES_PER_ENTRY + companions + (1 << 18)
 
     def done(self, group: Group) -> bool:
@@ -109,6 +115,8 @@ class TorchDistSink:
         """Start a data file."""
         path = self._folder / group.name
         path.parent.mkdir(parents=True, exist_ok=True)
+        if self._state and group.name in self._state.files:
+            return self._state.open(group.name, path)
         if group.name in self._copied:
             return FileCopy(self._plan.target.attachments[group.name], path)
         if group.name in self._kept:
@@ -122,20 +130,31 @@ class TorchDistSink:
         folder, plan = self._folder, self._plan
         for name, path in plan.files.items():
             write_file(folder / names.companion_place(name), path.read_bytes())
-        write_file(folder / names.RUN_CONFIG, sidecars.run_config(plan))
-        write_file(folder / names.TRAIN_STATE, sidecars.train_state())
-        common = sidecars.torch_bytes(sidecars.common_state(plan, stacked=self._stacked))
-        write_file(folder / names.COMMON, common)
+        common = sidecars.common_state(plan, stacked=self._stacked)
+        self._write(names.RUN_CONFIG, sidecars.run_config(plan))
+        train_state = self._write(names.TRAIN_STATE, sidecars.train_state())
+        self._write(names.COMMON, sidecars.torch_bytes(common))
         write_file(folder / names.METADATA, metadata.dump(self._contents()))
         write_file(folder / names.MARK, sidecars.metadata_json())
-        write_file(self._root / names.LATEST_TRAIN_STATE, sidecars.train_state())
+        if train_state:
+            write_file(self._root / names.LATEST_TRAIN_STATE, train_state)
         write_file(self._root / names.TRACKER, str(plan.target.iteration).encode())
+
+    def _write(self, name: str, data: bytes) -> bytes | None:
+        """A small file; the trainer's own, or none, where its state is carried."""
+        kept = self._state.sidecar(name) if self._state else data
+        if kept is not None:
+            write_file(self._folder / name, kept)
+        return kept
 
     def _outputs(self) -> list[Output]:
         return [output for step in self._plan.steps for output in step.outputs]
 
     def _contents(self) -> metadata.Contents:
-        return metadata.Contents(self._tensors(), self._objects())
+        state = self._state.contents if self._state else metadata.Contents({}, {})
+        return metadata.Contents(
+            {**self._tensors(), **state.tensors}, {**self._objects(), **state.objects}
+        )
 
     def _tensors(self) -> dict[str, metadata.Tensor]:
         """Keys in order of first appearance; further names of a tensor share its bytes."""

@@ -13,7 +13,7 @@ from gptoss_convert.blockio import BlockReader
 from gptoss_convert.dtypes import itemsize, torch_dtype
 from gptoss_convert.errors import CheckpointError, PlanError
 from gptoss_convert.scratch import Scratch
-from gptoss_convert.types import Config, TensorSource, TensorSpec
+from gptoss_convert.types import Config, TensorSource, TensorSpec, TrainingState
 from gptoss_plugins.huggingface.headers import read_header, read_json
 from gptoss_plugins.huggingface.source import SafetensorsSource, identity
 from gptoss_plugins.megatron import metadata, sidecars
@@ -27,8 +27,15 @@ from gptoss_plugins.megatron.folder import (
     iteration_folder,
     number_of,
 )
-from gptoss_plugins.megatron.keys import is_stacked, is_weight, parameter
-from gptoss_plugins.megatron.torchzip import Item, read_item, strides
+from gptoss_plugins.megatron.keys import (
+    OPTIMIZER,
+    PER_LAYER,
+    STACKED,
+    is_stacked,
+    is_weight,
+    parameter,
+)
+from gptoss_plugins.megatron.torchzip import read_item, view
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -81,6 +88,19 @@ class TorchDistSource:
         """What the import kept of a quantized source."""
         return attachments(self.iteration)
 
+    @property
+    def state(self) -> TrainingState | None:
+        """The optimizer's state and what goes with it, if it is here."""
+        if not any(key.startswith(OPTIMIZER) for key in self.contents.tensors):
+            return None
+        return TrainingState(
+            "torch_dist", STACKED if self._is_stacked else PER_LAYER, self.iteration
+        )
+
+    @property
+    def _is_stacked(self) -> bool:
+        return any(is_stacked(key) for key in self.contents.tensors)
+
     def arrange(self, parameters: Mapping[str, Parameter]) -> None:
         """Nothing to learn: tensors are stored whole."""
 
@@ -98,15 +118,15 @@ class TorchDistSource:
     @property
     def megatron_config(self) -> Config | None:
         """From ``run_config.yaml``, or from the ``args`` of plain Megatron-LM."""
-        return sidecars.read_megatron_config(self.iteration)
+        common = sidecars.read_common(self.iteration, self.contents.objects)
+        return sidecars.read_megatron_config(self.iteration, common)
 
     def describe(self) -> Mapping[str, Any]:
         """Iteration, how layers are keyed, how many chunks and objects, training state."""
         tensors, objects = self.contents.tensors, self.contents.objects
-        stacked = any(is_stacked(key) for key in tensors)
         return {
             "iteration": self.iteration.name,
-            "layers": "stacked keys" if stacked else "one key per layer",
+            "layers": "stacked keys" if self._is_stacked else "one key per layer",
             "keys": len(tensors),
             "chunks": sum(len(tensor.chunks) for tensor in tensors.values()),
             "files": len(metadata.files(self.contents)),
@@ -207,28 +227,13 @@ class TorchDistSource:
                 f"{spec.dtype} {list(chunk.sizes)} of {key}; fetch the checkpoint again"
             )
         inner = [c - o for c, o in zip(common[0], chunk.offsets, strict=True)]
-        return _view(reader, item, inner, common[1], scratch)
+        return view(reader, item, inner, common[1], scratch)
 
     def _reader(self, file: str) -> BlockReader:
         with self._opening:
             if file not in self._readers:
                 self._readers[file] = BlockReader(self.iteration / file)
             return self._readers[file]
-
-
-def _view(
-    reader: BlockReader, item: Item, inner: Sequence[int], sizes: Sequence[int], scratch: Scratch
-) -> Tensor:
-    width = itemsize(item.dtype)
-    first = sum(i * s for i, s in zip(inner, item.strides, strict=True))
-    last = first + sum((n - 1) * s for n, s in zip(sizes, item.strides, strict=True))
-    data = reader.read(item.start + first * width, (last - first + 1) * width, scratch)
-    if data.storage_offset() % width:
-        data = scratch.copy(data)
-    flat = data.view(torch_dtype(item.dtype))
-    if item.strides == strides(item.shape) and math.prod(sizes) == flat.numel():
-        return flat.view(tuple(sizes))
-    return flat.as_strided(tuple(sizes), item.strides, flat.storage_offset())
 
 
 class _Index:
