@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 def detect(folder: Path) -> bool:
     """A ``torch_dist`` checkpoint's root or ``iter_*`` folder."""
-    from gptoss_plugins.megatron.folder import iteration_folder
+    from gptoss_plugins.megatron.folder import is_per_rank, iteration_folder
 
-    return iteration_folder(folder) is not None
+    return iteration_folder(folder) is not None and not is_per_rank(folder)
 
 
 def open_folder(folder: Path) -> TensorSource:
@@ -35,9 +35,30 @@ def create(folder: Path, plan: ConversionPlan) -> TensorSink:
     return TorchDistSink(folder, plan)
 
 
+def detect_legacy(folder: Path) -> bool:
+    """The root or ``iter_*`` folder of a checkpoint with a file per rank."""
+    from gptoss_plugins.megatron.folder import is_per_rank
+
+    return is_per_rank(folder)
+
+
+def open_legacy(folder: Path) -> TensorSource:
+    """Read every rank's pickle; no tensor yet."""
+    from gptoss_plugins.megatron.legacy.source import LegacySource
+
+    return LegacySource(folder)
+
+
+def create_legacy(folder: Path, plan: ConversionPlan) -> TensorSink:
+    """A sink that will write ``mp_rank_*/model_optim_rng.pt`` for the plan's layout."""
+    from gptoss_plugins.megatron.legacy.sink import LegacySink
+
+    return LegacySink(folder, plan)
+
+
 @hookimpl
 def gptoss_convert_formats() -> Iterator[Format]:
-    """Distributed checkpoints of megatron-core (``torch_dist``)."""
+    """Distributed checkpoints of megatron-core (``torch_dist``), and Megatron-LM's file per rank."""
     yield Format(
         "torch_dist",
         "megatron",
@@ -46,4 +67,12 @@ def gptoss_convert_formats() -> Iterator[Format]:
         create,
         dialects=("stacked", "per-layer"),
         preferred=True,
+    )
+    yield Format(
+        "torch",
+        "megatron",
+        detect_legacy,
+        open_legacy,
+        create_legacy,
+        dialects=("te-grouped", "te-sequential", "local-sequential", "local-grouped"),
     )

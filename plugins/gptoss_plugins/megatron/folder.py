@@ -34,18 +34,33 @@ def number_of(folder: Path) -> int:
 
 
 def iteration_folder(folder: Path) -> Path | None:
-    """The folder with the tensors: ``folder`` itself, or the iteration its tracker names.
+    """The folder with the tensors, of either format: ``folder``, or the iteration its tracker names.
 
     Without a tracker the highest ``iter_*`` counts. None if there is neither.
     """
-    if (folder / METADATA).is_file() or (folder / MARK).is_file():
+    if _is_distributed(folder) or _has_ranks(folder):
         return folder
     tracker = folder / TRACKER
     if tracker.is_file():
         text = tracker.read_text(errors="replace").strip()
         return folder / (folder_of(int(text)) if text.isdecimal() else "release")
-    found = sorted(p for p in folder.glob("iter_*") if (p / METADATA).is_file())
+    numbered = sorted(folder.glob("iter_*"))
+    found = [p for p in numbered if (p / METADATA).is_file() or _has_ranks(p)]
     return found[-1] if found else None
+
+
+def is_per_rank(folder: Path) -> bool:
+    """Whether the folder with the tensors has a file per rank and is no distributed checkpoint."""
+    found = iteration_folder(folder)
+    return found is not None and _has_ranks(found) and not _is_distributed(found)
+
+
+def _is_distributed(folder: Path) -> bool:
+    return (folder / METADATA).is_file() or (folder / MARK).is_file()
+
+
+def _has_ranks(folder: Path) -> bool:
+    return any(path.is_dir() for path in folder.glob("mp_rank_*"))
 
 
 def companion_place(name: str) -> str:

@@ -31,6 +31,7 @@ _STORAGES = {
     "CharStorage": "I8",
     "ByteStorage": "U8",
     "BoolStorage": "BOOL",
+    "UntypedStorage": "U8",
 }
 
 
@@ -80,6 +81,37 @@ def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Te
     return TensorRecord(storage.dtype, storage.key, offset, tuple(shape), tuple(strides))
 
 
+def _rebuild_typed(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> TensorRecord:
+    """A tensor of a type that has no storage class of its own; the type comes last but one or two."""
+    found = _rebuild(storage, offset, shape, strides)
+    dtype = next((value for value in rest if isinstance(value, str)), None)
+    if dtype is None:
+        raise ValueError("a tensor without an element type")
+    return TensorRecord(dtype, found.key, found.offset, found.shape, found.strides)
+
+
+def _data_of(tensor: Any, *_: Any) -> Any:
+    """A parameter: its data."""
+    return tensor
+
+
+def _of_type(rebuild: Any, _: Any, arguments: Any, *__: Any) -> TensorRecord:
+    """A tensor of a subclass: as a tensor. Only our own stand-ins can be called."""
+    if rebuild not in (_rebuild, _rebuild_typed, _data_of):
+        raise ValueError("a tensor that is rebuilt in an unknown way")
+    found = rebuild(*arguments)
+    if not isinstance(found, TensorRecord):
+        raise ValueError("a tensor subclass without a tensor")
+    return found
+
+
+def _encoded(text: Any, encoding: Any = "latin1") -> bytes:
+    """Bytes, as the second pickle protocol stores them."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise ValueError("bytes in an unknown encoding")
+    return text.encode("latin1")
+
+
 def _named(*names: Any) -> Any:
     return names[0] if len(names) == 1 else names
 
@@ -114,7 +146,26 @@ _INERT = {
     ("pathlib", "PurePosixPath"),
     ("datetime", "timedelta"),
     ("signal", "Signals"),
+    # What per-rank checkpoints hold besides weights: states of random generators, FP8 scales of
+    # Transformer Engine, and functions among the arguments.
+    ("_io", "BytesIO"),
+    ("functools", "partial"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    *(
+        (module, name)
+        for module in ("numpy.core.multiarray", "numpy._core.multiarray")
+        for name in ("_reconstruct", "scalar")
+    ),
+    ("torch", "Tensor"),
+    ("torch.nn.parameter", "Parameter"),
+    ("torch.nn.parameter", "Buffer"),
+    ("torch._C", "_VariableFunctionsClass"),
+    *(("builtins", name) for name in ("bytearray", "complex", "getattr", "object", "range")),
+    *(("builtins", name) for name in ("bool", "bytes", "float", "int", "list", "str", "tuple")),
 }
+_FUNCTIONS = ("torch.nn.functional", "torch.nn.init", "torch._C._nn")  # named, never called
+_OLD_NAMES = {"__builtin__": "builtins"}  # of modules, in the second pickle protocol
 _ANSWERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("collections", "OrderedDict"): dict,
     ("collections", "defaultdict"): lambda *_: {},
@@ -125,16 +176,23 @@ _ANSWERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch", "device"): _named,
     ("torch.serialization", "_get_layout"): _named,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_typed,
+    ("torch._utils", "_rebuild_parameter"): _data_of,
+    ("torch._utils", "_rebuild_parameter_with_state"): _data_of,
+    ("torch._tensor", "_rebuild_from_type_v2"): _of_type,
+    ("_codecs", "encode"): _encoded,
+    ("builtins", "dict"): dict,
 }
 
 
 def _stand_in(module: str, name: str) -> Any:
     """The answer to a global, or None if it is not on the list."""
+    module, name = _OLD_NAMES.get(module, module), {"xrange": "range"}.get(name, name)
     if (module, name) in _ANSWERS:
         return _ANSWERS[module, name]
-    if module == "torch" and name in _STORAGES:
+    if module in ("torch", "torch.storage") and name in _STORAGES:
         return _STORAGES[name]
-    if (module, name) in _INERT or module.split(".")[0] == "megatron":
+    if (module, name) in _INERT or module.split(".")[0] == "megatron" or module in _FUNCTIONS:
         return type(name, (Inert,), {})
     if module == "torch":
         try:

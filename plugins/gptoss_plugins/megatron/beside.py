@@ -1,0 +1,57 @@
+"""What stands in an iteration's folder beside the weights, whatever their format."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gptoss_convert.blockio import write_file
+from gptoss_convert.filecopy import FileCopy
+from gptoss_convert.plan import Group
+from gptoss_plugins.huggingface.sink import open_shard, shard_header
+from gptoss_plugins.megatron.folder import QUANTIZATION, companion_place
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gptoss_convert.plan import ConversionPlan
+    from gptoss_convert.types import GroupWriter
+
+
+class Beside:
+    """Companions, attachments, and what is kept of the source's codec.
+
+    Args:
+        folder: of the iteration.
+        plan: says what there is.
+
+    Attributes:
+        groups: those that are too large for ``finish``, by name.
+
+    """
+
+    def __init__(self, folder: Path, plan: ConversionPlan) -> None:
+        self._folder, self._plan = folder, plan
+        kept = [f"{QUANTIZATION}/{codec}.safetensors" for codec in plan.codecs if plan.kept]
+        self.groups = {name: Group(name, plan.kept) for name in kept}
+        self.groups |= {name: Group(name, ()) for name in plan.target.attachments}
+
+    @property
+    def nbytes(self) -> int:
+        """Of all of it, to the byte."""
+        written = [group for group in self.groups.values() if group.steps]
+        copied = (*self._plan.files.values(), *self._plan.target.attachments.values())
+        return sum(len(shard_header(group)) + group.nbytes for group in written) + sum(
+            path.stat().st_size for path in copied
+        )
+
+    def open(self, group: Group) -> GroupWriter:
+        """Start one of the groups; its folder is there."""
+        path = self._folder / group.name
+        if group.steps:
+            return open_shard(path, group, shard_header(group))
+        return FileCopy(self._plan.target.attachments[group.name], path)
+
+    def finish(self) -> None:
+        """The small files."""
+        for name, path in self._plan.files.items():
+            write_file(self._folder / companion_place(name), path.read_bytes())

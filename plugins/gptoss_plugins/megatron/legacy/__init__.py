@@ -1,0 +1,1 @@
+"""Megatron-LM's format ``torch``: one ``torch.save`` file per rank of a parallel layout."""
