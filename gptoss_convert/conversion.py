@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import gptoss_convert
 from gptoss_convert.blockio import write_file
 from gptoss_convert.crew import COMMAND, Crew, claim, current_crew
+from gptoss_convert.device import working_on
 from gptoss_convert.dtypes import itemsize
 from gptoss_convert.errors import (
     CheckpointError,
@@ -106,6 +107,7 @@ class Conversion:
         overwrite: bool = False,
         progress: Progress = lambda nbytes: None,
         command: Mapping[str, Any] | None = None,
+        device: str = "cpu",
     ) -> Result:
         """Convert into the folder ``target``, which appears whole or not at all.
 
@@ -115,6 +117,7 @@ class Conversion:
             max_memory: bound of the bytes in flight.
             overwrite: whether a target that holds a checkpoint may be replaced.
             progress: called with the bytes of output just finished, from any thread.
+            device: ``cpu`` or ``cuda``, where to compute; the result is the same.
             command: how to do this again, kept while several processes are at it.
 
         As one of several processes (``crew.py``) it does its share, and puts the result in place
@@ -148,17 +151,19 @@ class Conversion:
             if command and crew.size > 1:
                 name = f"{COMMAND}{crew.rank}.json"
                 write_file(staging.folder / name, json.dumps(command).encode())
-            executor = Executor(
-                self.plan,
-                self.source,
-                sink,
-                self.registry.validators().values(),
-                progress,
-                self.hints,
-                staging.folder,
-                crew.share(sink.groups),
-            )
-            executor.run(budget)
+            with working_on(device) as place:
+                executor = Executor(
+                    self.plan,
+                    self.source,
+                    sink,
+                    self.registry.validators().values(),
+                    progress,
+                    self.hints,
+                    staging.folder,
+                    crew.share(sink.groups),
+                    place,
+                )
+                executor.run(budget)
             if self._key() != key:
                 raise CheckpointError(
                     f"{self.source.path}: changed while it was being converted; leave it alone and "

@@ -318,6 +318,7 @@ def import_checkpoint(
     max_memory: int = DEFAULT_MAX_MEMORY,
     overwrite: bool = False,
     progress: Progress = lambda nbytes: None,
+    device: str = "cpu",
 ) -> Result:
     """Hugging Face -> Megatron; arguments as for prepare_import and Conversion.run."""
     conversion = prepare_import(
@@ -336,6 +337,7 @@ def import_checkpoint(
         max_memory=max_memory,
         overwrite=overwrite,
         progress=progress,
+        device=device,
     )
 
 
@@ -353,6 +355,7 @@ def export_checkpoint(
     max_memory: int = DEFAULT_MAX_MEMORY,
     overwrite: bool = False,
     progress: Progress = lambda nbytes: None,
+    device: str = "cpu",
 ) -> Result:
     """Megatron -> Hugging Face; arguments as for prepare_export and Conversion.run."""
     conversion = prepare_export(
@@ -370,4 +373,5 @@ def export_checkpoint(
         max_memory=max_memory,
         overwrite=overwrite,
         progress=progress,
+        device=device,
     )

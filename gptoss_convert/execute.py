@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from gptoss_convert.crew import claim
+from gptoss_convert.device import Device
 from gptoss_convert.dtypes import torch_dtype
 from gptoss_convert.encoder import Encoder
 from gptoss_convert.errors import ConvertError, MismatchError, ResourceError
@@ -153,10 +154,10 @@ class _Memory:
     and from step to step the parts that are written last.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: Device) -> None:
         self.stored = (Scratch(), Scratch())
-        self.made = Scratch()
-        self.waiting = Scratch()
+        self.made = device.memory()
+        self.waiting = device.memory()
 
 
 class Executor:
@@ -170,6 +171,7 @@ class Executor:
         progress: called with the bytes of output just finished, from any thread.
         hints: where the hints that the plan names are read.
         notes: folder for what a later run must know of finished groups.
+        device: where to compute.
         groups: those to write; all of the sink's by default. Other processes write the others.
 
     Attributes:
@@ -187,9 +189,11 @@ class Executor:
         hints: TensorSource | None = None,
         notes: Path | None = None,
         groups: Sequence[Group] | None = None,
+        device: Device | None = None,
     ) -> None:
         self._plan, self._source, self._sink = plan, source, sink
         self._hints, self._notes = hints, notes
+        self._device = device or Device()
         self._groups = sink.groups if groups is None else groups
         self._shared = len(self._groups) < len(sink.groups)
         self.losses: dict[str, Loss] = {}
@@ -235,7 +239,7 @@ class Executor:
     def _run_group(self, group: Group, budget: Budget, local: threading.local) -> None:
         if self._stop.is_set():
             return
-        with self._alone(group):
+        with self._alone(group), self._device.at_work():
             if not (self._shared and self._sink.done(group) and self._recall(group)):
                 self._write_group(group, budget, local)
 
@@ -256,7 +260,7 @@ class Executor:
             os.close(held)
 
     def _write_group(self, group: Group, budget: Budget, local: threading.local) -> None:
-        memory = local.__dict__.setdefault("memory", _Memory())
+        memory = local.__dict__.setdefault("memory", _Memory(self._device))
         writer = self._sink.open(group)
         encoder = Encoder(writer, memory.waiting)
         try:
@@ -348,7 +352,12 @@ class Executor:
     ) -> None:
         scratch.reset()
         tensors = [
-            self._decode(i, parts, scratch, as_is=isinstance(piece.step.rule.op, Copy))
+            self._decode(
+                i,
+                list(map(self._device.here, parts)),
+                scratch,
+                as_is=isinstance(piece.step.rule.op, Copy),
+            )
             for i, parts in zip(piece.step.inputs, stored.inputs, strict=True)
         ]
         op = piece.step.rule.op
@@ -357,7 +366,8 @@ class Executor:
         made = (
             op.inverse(tensors[0]) if self._plan.direction == "export" else (op.forward(tensors),)
         )
-        for output, tensor, hints in zip(piece.step.outputs, made, stored.hints, strict=True):
+        hinted = [h and list(map(self._device.here, h)) for h in stored.hints]
+        for output, tensor, hints in zip(piece.step.outputs, made, hinted, strict=True):
             if tensor.numel() * piece.step.units != output.spec.numel * (piece.stop - piece.start):
                 raise ConvertError(
                     f"{output.name}: {op} made {list(tensor.shape)} for units {piece.start} to "
@@ -371,7 +381,7 @@ class Executor:
             else:
                 tensor = cast(_part(tensor, output, piece), output.spec.dtype, output.name)
                 self._validate(output.name, rows, tensor)
-                writer.write(output.name, rows, tensor)
+                writer.write(output.name, rows, self._device.to_write(tensor))
                 self._progress(tensor.nbytes)
 
     def _decode(

@@ -148,6 +148,13 @@ run_options = _options(
     click.option(
         "--max-memory", type=Bytes(), default="1GiB", show_default=True, help="Bytes in flight."
     ),
+    click.option(
+        "--device",
+        type=click.Choice(["cpu", "cuda"]),
+        default="cpu",
+        show_default=True,
+        help="Where to decode, rewrite and encode.",
+    ),
     click.option("--overwrite", is_flag=True, help="Replace the checkpoint at the target."),
     click.option("--no-progress", is_flag=True, help="No progress on stderr."),
 )

@@ -163,6 +163,7 @@ def run_conversion(
     overwrite: bool,
     no_progress: bool,
     as_json: bool,
+    device: str = "cpu",
     **_: Any,
 ) -> None:
     """Convert with progress on stderr, and print the result."""
@@ -180,6 +181,7 @@ def run_conversion(
             max_memory=max_memory,
             overwrite=overwrite,
             progress=progress,
+            device=device,
             command={"arguments": sys.argv[1:], "folder": os.getcwd()},
         )
     if result.finished:

@@ -7,9 +7,25 @@ import mmap
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from torch import Tensor
 
 PAGE = 4096
+
+
+_pinning = False
+
+
+@contextlib.contextmanager
+def pinned() -> Iterator[None]:
+    """Within it, new memory is such that a GPU copies from and to it at full speed."""
+    global _pinning
+    before, _pinning = _pinning, True
+    try:
+        yield
+    finally:
+        _pinning = before
 
 
 def round_up(count: int, unit: int = PAGE) -> int:
@@ -18,9 +34,11 @@ def round_up(count: int, unit: int = PAGE) -> int:
 
 
 def page_aligned(nbytes: int) -> Tensor:
-    """A new uint8 tensor of at least ``nbytes`` bytes that starts on a page, zero-filled."""
+    """A new uint8 tensor of at least ``nbytes`` bytes that starts on a page."""
     import torch
 
+    if _pinning:
+        return torch.empty(max(round_up(nbytes), PAGE), dtype=torch.uint8, pin_memory=True)
     pages = mmap.mmap(-1, max(round_up(nbytes), PAGE))
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages only costs speed
@@ -32,9 +50,14 @@ class Scratch:
     """A bump allocator over page-aligned memory. ``reset`` gives all of it back at once.
 
     What ``take`` returned stays valid until the next ``reset``. Not for several threads at once.
+
+    Args:
+        allocate: number of bytes -> flat uint8 tensor of at least that many.
+
     """
 
-    def __init__(self) -> None:
+    def __init__(self, allocate: Callable[[int], Tensor] = page_aligned) -> None:
+        self._allocate = allocate
         self._blocks: list[Tensor] = []
         self._used = 0
         self._demand = 0  # bytes taken since the last reset
@@ -42,7 +65,7 @@ class Scratch:
     def take(self, nbytes: int) -> Tensor:
         """A uint8 tensor of ``nbytes`` bytes that starts on a page; its content is undefined."""
         if not self._blocks or self._used + nbytes > self._blocks[-1].numel():
-            self._blocks.append(page_aligned(nbytes))
+            self._blocks.append(self._allocate(nbytes))
             self._used = 0
         start = self._used
         self._used = round_up(start + nbytes)
@@ -66,5 +89,5 @@ class Scratch:
         """Make all memory available again, in one block from the second time on."""
         if len(self._blocks) > 1:
             self._blocks = []
-            self._blocks = [page_aligned(self._demand)]
+            self._blocks = [self._allocate(self._demand)]
         self._used = self._demand = 0

@@ -9,6 +9,7 @@ from gptoss_convert import Codec, TensorSpec, hookimpl
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    import torch
     from torch import Tensor
 
     from gptoss_convert.loss import Loss
@@ -66,10 +67,12 @@ def parts(logical: TensorSpec) -> tuple[TensorSpec, TensorSpec]:
 
 def check(backend: str = AUTO, **_: str) -> None:
     """Raise ValueError unless the backend runs on this machine."""
+    import torch
+
     from gptoss_kernels import mxfp4
 
     if backend != AUTO:
-        mxfp4.choose(_device(backend), backend)
+        mxfp4.choose(_device(backend, torch.device("cpu")), backend)
 
 
 def decode(
@@ -91,15 +94,14 @@ def _decode(
 ) -> Tensor:
     from gptoss_kernels import mxfp4
 
-    device = _device(backend)
+    home = parts[0].device
+    device = _device(backend, home)
     blocks, scales = (part.to(device) for part in parts)
-    on_cpu = device.type == "cpu"
-    decoded = mxfp4.decode(
-        blocks, scales, out if on_cpu else None, transpose=transpose, backend=_name(backend)
-    )
-    if on_cpu:
+    room = out if device == home else None
+    decoded = mxfp4.decode(blocks, scales, room, transpose=transpose, backend=_name(backend))
+    if device == home:
         return decoded
-    return decoded.cpu() if out is None else out.view(decoded.shape).copy_(decoded)
+    return decoded.to(home) if out is None else out.view(decoded.shape).copy_(decoded)
 
 
 def encode(
@@ -122,12 +124,13 @@ def encode(
     from gptoss_convert.errors import EncodeError
     from gptoss_kernels import mxfp4
 
-    device = _device(backend)
+    home = tensor.device
+    device = _device(backend, home)
     natural = tensor.movedim(1, -1).to(device)
     groups = (*natural.shape[:-1], natural.shape[-1] // BLOCK)
     hint = hints[0].view(groups).to(device) if hints else None
     room = None
-    if out is not None and device.type == "cpu":
+    if out is not None and device == home:
         room = mxfp4.Encoded(out[0].view(*groups, BYTES), out[1].view(groups))
     try:
         made = mxfp4.encode(
@@ -150,7 +153,7 @@ def encode(
             f"{what}, which MXFP4 cannot; mend the checkpoint, or say --on-nonfinite {way_out}",
         ) from None
     shape = (len(tensor), -1, groups[-1])
-    return made.blocks.cpu().view(*shape, BYTES), made.scales.cpu().view(shape)
+    return made.blocks.to(home).view(*shape, BYTES), made.scales.to(home).view(shape)
 
 
 def measure(tensor: Tensor, parts: Sequence[Tensor]) -> Loss:
@@ -165,12 +168,13 @@ def _name(backend: str) -> str | None:
     return None if backend == AUTO else backend
 
 
-def _device(backend: str) -> Any:
-    """Triton works on the GPU if there is one; the others on the CPU, where the tensors are."""
+def _device(backend: str, home: torch.device) -> torch.device:
+    """Where the tensors are; Triton works on the GPU if there is one, wherever they are."""
     import torch
 
-    gpu = backend == "triton" and torch.cuda.is_available()
-    return torch.device("cuda" if gpu else "cpu")
+    if backend == "triton" and home.type == "cpu" and torch.cuda.is_available():
+        return torch.device("cuda")
+    return home
 
 
 def _row(place: Sequence[int], sizes: Sequence[int]) -> int:
