@@ -9,11 +9,13 @@ from __future__ import annotations
 import errno
 import os
 import queue
+import random
 import threading
 from typing import TYPE_CHECKING
 
 from gptoss_convert.errors import CheckpointError
 from gptoss_convert.scratch import PAGE, page_aligned, round_up
+from gptoss_convert.transpose import copy
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,6 +29,7 @@ SLOTS = 3
 WRITER_BYTES = SLOT * SLOTS
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _CACHED_ONLY = getattr(os, "RWF_NOWAIT", 0)
+_LOOKS = 8  # pages that are asked for, to find out whether a file is in the page cache
 
 
 def _buffer(tensor: Tensor) -> memoryview:
@@ -47,6 +50,9 @@ class BlockReader:
             self._direct = os.open(path, os.O_RDONLY | _DIRECT)
         except OSError:
             self._direct = os.dup(self._cached)
+        if hasattr(os, "posix_fadvise"):  # a look at one page shall not fetch more of them
+            os.posix_fadvise(self._cached, 0, 0, os.POSIX_FADV_RANDOM)
+        self._in_cache = self._look()
 
     def read(self, offset: int, nbytes: int, scratch: Scratch) -> Tensor:
         """``nbytes`` bytes at ``offset`` as a uint8 tensor in memory of ``scratch``.
@@ -59,7 +65,7 @@ class BlockReader:
         block = scratch.take(round_up(offset + nbytes) - start)
         wanted = offset + nbytes - start
         view = _buffer(block)
-        got = self._from_cache(view, start)
+        got = self._from_cache(view, start) if self._in_cache else 0
         while got < wanted:
             reached, got = got, got // PAGE * PAGE
             count = self._past_cache(view[got:], start + got)
@@ -75,8 +81,18 @@ class BlockReader:
         """A few bytes, by an ordinary read; fewer than asked for at the end of the file."""
         return os.pread(self._cached, nbytes, offset)
 
+    def _look(self) -> bool:
+        """Whether the page cache holds the file. Asking it costs a page wherever it does not, and
+        for whole ranges it would read them ahead, to be read once more past it; so ask for a few
+        pages, of the file's whole length, and elsewhere each time.
+        """
+        size = os.fstat(self._cached).st_size
+        page = memoryview(bytearray(PAGE))
+        places = (int(size * (i + random.random()) / _LOOKS) for i in range(_LOOKS))
+        return bool(size) and all(self._from_cache(page, place) for place in places)
+
     def _from_cache(self, view: memoryview, offset: int) -> int:
-        """Take what the page cache already holds; it is free."""
+        """Take what the page cache already holds."""
         if not _CACHED_ONLY:
             return 0
         try:
@@ -180,7 +196,7 @@ class BlockWriter:
         done = 0
         while done < data.numel():
             count = min(SLOT - self._fill, data.numel() - done)
-            self._room(count).copy_(data[done : done + count])
+            copy(self._room(count), data[done : done + count])
             self._advance(count)
             done += count
 
@@ -194,7 +210,7 @@ class BlockWriter:
                 done += 1
                 continue
             part = tensor[done : done + count]
-            self._room(count * row_bytes).view(tensor.dtype).view(part.shape).copy_(part)
+            copy(self._room(count * row_bytes).view(tensor.dtype).view(part.shape), part)
             self._advance(count * row_bytes)
             done += count
 
