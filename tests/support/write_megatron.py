@@ -66,7 +66,8 @@ def main() -> None:
 def write(arguments: argparse.Namespace) -> None:
     """Build, fill, save."""
     initialize_parallel(arguments.tp, arguments.pp, arguments.ep, device="cpu")
-    fields = megatron_config(json.loads(arguments.config.read_text()))
+    config = json.loads(arguments.config.read_text())
+    fields = megatron_config(config)
     if arguments.vocab:
         fields["vocab_size"] = arguments.vocab
     content: dict[str, Any] = {"singleton_local_shards": False}
@@ -92,7 +93,12 @@ def write(arguments: argparse.Namespace) -> None:
     state |= {"checkpoint_version": 3.0, "iteration": 7}
     if arguments.args:
         state["args"] = argparse.Namespace(
-            **{**fields, "window_size": tuple(fields["window_size"])},
+            **{
+                **fields,
+                "window_size": tuple(fields["window_size"]),
+                "vocab_size": config["vocab_size"],
+            },
+            padded_vocab_size=fields["vocab_size"],
             num_experts=fields["num_moe_experts"],
             max_position_embeddings=fields["seq_length"],
             norm_epsilon=fields["layernorm_epsilon"],
