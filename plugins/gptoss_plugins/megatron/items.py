@@ -111,6 +111,8 @@ class ItemFile:
         self._writer.append_bytes(item.head)
 
     def _append(self, part: Tensor, nbytes: int) -> None:
+        if nbytes > self._missing:
+            raise RuntimeError(f"{nbytes} bytes came where {self._missing} were due")
         self._writer.append(part)
         self._missing -= nbytes
         if not self._missing:
