@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from gptoss_plugins.gpt_model.config import GptOssConfig, make_config
+from gptoss_plugins.gpt_model.dialects import rename_norms
 from gptoss_plugins.gpt_model.load import load_checkpoint
 from gptoss_plugins.gpt_model.parallel import initialize_parallel, shut_down_parallel
 from gptoss_plugins.gpt_model.rope import YarnRope
@@ -42,6 +43,13 @@ class GptOssModel(GPTModel):  # type: ignore[misc]  # megatron-core is untyped
         super().__init__(config=config, position_embedding_type="none", **options)
         self.position_embedding_type = "yarn"
         self.rotary_pos_emb = YarnRope(config, cp_group=self.pg_collection.cp)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """States of Transformer Engine's modules load too."""
+        rename_norms(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def build_gpt_model(

@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from gptoss_plugins.gpt_model.dialects import stack_experts
 from gptoss_plugins.gpt_model.expert_shards import ExpertRange, empty_extra_states, stack_factory
 
 if TYPE_CHECKING:
@@ -165,3 +166,10 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]  # megatron-core is 
             replace_prefix_for_sharding(mine, f"{prefix}{name}.", f"{prefix}experts.{name}.")
             shards |= mine
         return shards
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Experts may also stand one by one, as in SequentialMLP or in TEGroupedMLP."""
+        stack_experts(state_dict, prefix, self.linear_fc1.experts.count)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
