@@ -294,6 +294,10 @@ def _check_target(
 def target_format(side: Side, registry: Registry, choice: Choice) -> Format:
     """The format to write: the one chosen, or its side's usual one."""
     formats = registry.formats(side)
+    if choice.format is not None and choice.format not in registry.formats():
+        raise UsageError(
+            f"--format {choice.format}: there is none; to write there is {' or '.join(formats)}"
+        )
     default = [name for name, f in formats.items() if f.preferred or len(formats) == 1]
     name = choice.format if choice.format in formats else next(iter(default), None)
     if name is None:

@@ -1,0 +1,96 @@
+"""``gptoss-convert reshard`` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gptoss_convert.convert import export_checkpoint, import_checkpoint
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def test_there_and_back(
+    megatron: Path, originals: dict[str, Path], tmp_path: Path, invoke: Any, tree: Any
+) -> None:
+    files, back = tmp_path / "files", tmp_path / "back"
+    layout = ("--tp", 2, "--pp", 3, "--ep", 5, "--format", "torch")
+    done = invoke("reshard", "--megatron-path", megatron, "--output", files, *layout)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("resharded gpt-oss")
+    folders = {p.name for p in (files / "iter_0000000").iterdir() if p.name.startswith("mp_rank")}
+    grid = {f"mp_rank_{r % 2:02d}_{pp:03d}_{r % 5:03d}" for r in range(10) for pp in range(3)}
+    assert folders == grid  # the smallest world that has them all is 10 ranks by stage
+    done = invoke("reshard", "--megatron-path", files, "--output", back, "--json")
+    assert json.loads(done.stdout)["direction"] == "reshard"
+    assert tree(back) == tree(megatron)
+    export_checkpoint(files, tmp_path / "hf")
+    ours, theirs = weights(tmp_path / "hf"), weights(originals["bf16"])
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_kept_scales_go_along(
+    originals: dict[str, Path], tmp_path: Path, tree: Any, invoke: Any
+) -> None:
+    import_checkpoint(originals["mxfp4"], tmp_path / "a", workers=1)
+    words = ("--format", "torch", "--ep", 5)
+    done = invoke("reshard", "--megatron-path", tmp_path / "a", "--output", tmp_path / "b", *words)
+    assert done.returncode == 0, done.stderr
+    export_checkpoint(tmp_path / "b", tmp_path / "c", export_dtype="mxfp4")
+    ours, theirs = weights(tmp_path / "c"), weights(originals["mxfp4"])
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_rounding_is_said(imported: Path, tmp_path: Path, invoke: Any) -> None:
+    target = tmp_path / "out"
+    words = ("--torch-dtype", "float16")
+    done = invoke("reshard", "--megatron-path", imported, "--output", target, *words)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(invoke("inspect", target, "--json").stdout)
+    assert set(found["bytes_by_dtype"]) == {"F16"}
+
+
+REFUSED = [
+    (["--tp", 3], "--tp 3 does not divide the 2 key-value groups; the nearest that works is 2"),
+    (["--ep", 2], "--ep 2 does not divide the 5 experts; the nearest that works is 1"),
+    (["--pp", 2], "--pp 2 does not divide the 3 layers; the nearest that works is"),
+    (["--etp", 5, "--ep", 5], "--etp 5 does not divide the 96 rows of gate and of up"),
+    (["--pp", 3, "--decoder-first-pipeline-num-layers", 2], "layers"),
+    (["--pp", 2, "--pipeline-layers", "2,2"], "with that sum"),
+    (["--pipeline-layers", "2;1"], "is no list of numbers"),
+    (["--dialect", "sideways"], "has none of that name; stacked or per-layer"),
+    (["--format", "torch", "--dialect", "stacked"], "te-grouped"),
+    (["--format", "zarr"], "zarr"),
+    (["--tp", 0], "--tp"),
+]
+
+
+@pytest.mark.parametrize(("words", "sentence"), REFUSED)
+def test_what_cannot_be(
+    imported: Path, tmp_path: Path, invoke: Any, words: list[Any], sentence: str
+) -> None:
+    done = invoke("reshard", "--megatron-path", imported, "--output", tmp_path / "out", *words)
+    assert done.returncode in (1, 2), done.stdout
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_missing(imported: Path, tmp_path: Path, invoke: Any) -> None:
+    assert "--output" in invoke("reshard", "--megatron-path", imported).stderr
+    assert "--megatron-path" in invoke("reshard", "--output", tmp_path / "out").stderr
+    done = invoke("reshard", "--megatron-path", tmp_path, "--output", tmp_path / "out")
+    assert "holds no checkpoint in the format" in done.stderr
+    inside = imported / "out"
+    done = invoke("reshard", "--megatron-path", imported, "--output", inside)
+    assert "lies in it" in done.stderr
+    assert not inside.exists()
