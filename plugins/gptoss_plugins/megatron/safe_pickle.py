@@ -55,6 +55,13 @@ class Inert:
         return f"{type(self).__name__}{self.arguments or ''}"
 
 
+class Mapped(dict[Any, Any]):
+    """A dict whose attributes, such as the ``_metadata`` of a module's state, are of no use here."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Forget them."""
+
+
 @dataclass(frozen=True)
 class TensorRecord:
     """What a pickle says of a tensor: sizes and strides in elements, and which storage it is in."""
@@ -167,8 +174,8 @@ _INERT = {
 _FUNCTIONS = ("torch.nn.functional", "torch.nn.init", "torch._C._nn")  # named, never called
 _OLD_NAMES = {"__builtin__": "builtins"}  # of modules, in the second pickle protocol
 _ANSWERS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "OrderedDict"): dict,
-    ("collections", "defaultdict"): lambda *_: {},
+    ("collections", "OrderedDict"): Mapped,
+    ("collections", "defaultdict"): lambda *_: Mapped(),
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,
     ("builtins", "slice"): slice,
