@@ -45,8 +45,10 @@ class _Stored(NamedTuple):
 
 
 def default_workers() -> int:
-    """Groups written side by side if the user does not say: one per core, four at most."""
-    return min(4, len(os.sched_getaffinity(0)))
+    """Groups written side by side if the user does not say: four at most, and one per two cores,
+    since each reads, converts and writes on threads of its own.
+    """
+    return max(1, min(4, len(os.sched_getaffinity(0)) // 2))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Results go to stdout, everything else to stderr. Nothing here imports torch befo
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import logging
@@ -189,11 +190,16 @@ def run_conversion(
 
 
 def _import_torch() -> None:
-    """Hold Ctrl-C back meanwhile: an extension that is interrupted half-loaded swallows it."""
+    """Hold Ctrl-C back meanwhile: an extension that is interrupted half-loaded swallows it. And look
+    for no garbage, then or later, among a million objects that stay: a fifth of the time it takes.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    gc.disable()
     try:
         importlib.import_module("torch")
     finally:
+        gc.freeze()
+        gc.enable()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 

@@ -65,6 +65,8 @@ class Scratch:
     def take(self, nbytes: int) -> Tensor:
         """A uint8 tensor of ``nbytes`` bytes that starts on a page; its content is undefined."""
         if not self._blocks or self._used + nbytes > self._blocks[-1].numel():
+            if not self._demand:  # nothing of the old one is in use, so never hold both
+                self._blocks = []
             self._blocks.append(self._allocate(nbytes))
             self._used = 0
         start = self._used
