@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gptoss_convert.dtypes import known, torch_dtype
 from gptoss_convert.errors import CheckpointError
 from gptoss_convert.types import TensorSpec
-from gptoss_plugins.megatron import safe_pickle
+from gptoss_plugins.megatron import dcp, safe_pickle
 from gptoss_plugins.megatron.folder import METADATA
 
 if TYPE_CHECKING:
@@ -58,9 +58,12 @@ class Contents:
 
 def dump(contents: Contents) -> bytes:
     """Pickle as torch.distributed.checkpoint does."""
+    with dcp.classes() as classes:
+        return pickle.dumps(_metadata(contents, *classes), protocol=4)
+
+
+def _metadata(contents: Contents, dcp: Any, storage_info: Any) -> Any:
     import torch
-    from torch.distributed.checkpoint import metadata as dcp
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
 
     states: dict[str, Any] = {}
     places: dict[Any, Any] = {}
@@ -73,15 +76,14 @@ def dump(contents: Contents) -> bytes:
         )
         for (offsets, _), chunk in zip(boxes, tensor.chunks, strict=True):
             at = chunk.at
-            places[dcp.MetadataIndex(key, offsets)] = _StorageInfo(at.file, at.offset, at.length)
+            places[dcp.MetadataIndex(key, offsets)] = storage_info(at.file, at.offset, at.length)
     for name, at in contents.objects.items():
         states[name] = dcp.BytesStorageMetadata()
-        places[dcp.MetadataIndex(name)] = _StorageInfo(at.file, at.offset, at.length)
+        places[dcp.MetadataIndex(name)] = storage_info(at.file, at.offset, at.length)
     optional = {"version": "1.0.0"} if "version" in {f.name for f in fields(dcp.Metadata)} else {}
-    metadata = dcp.Metadata(
+    return dcp.Metadata(
         state_dict_metadata=states, storage_data=places, storage_meta=dcp.StorageMeta(), **optional
     )
-    return pickle.dumps(metadata, protocol=4)
 
 
 def load(folder: Path) -> Contents:
