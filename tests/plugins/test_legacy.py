@@ -497,6 +497,32 @@ def test_two_checkpoints_in_one_folder(ranks: Path) -> None:
     assert "they are of two checkpoints" in refusal(ranks)
 
 
+@pytest.mark.parametrize(
+    ("field", "size"), [("tensor_model_parallel_size", 0), ("expert_model_parallel_size", 1 << 40)]
+)
+def test_layouts_that_cannot_be(ranks: Path, field: str, size: int) -> None:
+    for path in files_of(ranks).values():
+        change(path, lambda state: setattr(state["args"], field, size))
+    assert "tell of a layout that cannot be" in refusal(ranks)
+
+
+def test_names_that_may_mean_either(written: dict[str, Path], tmp_path: Path) -> None:
+    """One file with the whole model, and no args: stage 0 of one, or expert rank 0 of one."""
+    folder = Path(shutil.copytree(written["te-sequential"], tmp_path / "ranks")) / "iter_0000000"
+    for name in list(files_of(folder))[1:]:
+        shutil.rmtree(folder / name)
+    (folder / "mp_rank_00").rename(folder / "mp_rank_00_000")
+    change(folder / "mp_rank_00_000" / FILE, lambda state: state.pop("args"))
+    assert "may count pipeline stages or expert ranks" in refusal(folder)
+
+
+def test_no_rank_at_all(ranks: Path) -> None:
+    for path in files_of(ranks).values():
+        shutil.rmtree(path.parent)
+    (ranks / "mp_rank_x").mkdir()
+    assert "has no mp_rank_TT folder" in refusal(ranks)
+
+
 class Evil:
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ SIZES = {  # fields of Layout, as Megatron-LM's arguments are called
     "ep": "expert_model_parallel_size",
     "etp": "expert_tensor_parallel_size",
 }
+_MOST_RANKS = 1 << 20
 
 
 def ranks_with_files(layout: Layout) -> dict[str, Rank]:
@@ -88,6 +90,10 @@ def read_grid(folder: Path) -> Grid:
     """
     numbers = {path.name: rank_numbers(path.name) for path in folder.glob("mp_rank_*")}
     known = {name: found for name, found in sorted(numbers.items()) if found}
+    if not known:
+        raise CheckpointError(
+            f"{folder}: has no mp_rank_TT folder; copy the whole checkpoint again"
+        )
     files, problems = _read_all(folder, list(known))
     if problems:
         raise PlanError(str(folder), problems)
@@ -98,7 +104,7 @@ def read_grid(folder: Path) -> Grid:
         )
     sizes = _declared(files)
     places = _places(folder, known, files, sizes)
-    layout = _layout(places, sizes)
+    layout = _layout(folder, places, sizes)
     by_place = {place: files[name] for name, place in places.items()}
     placed = dict(_placed(layout, by_place, problems))
     layout = replace(layout, vpp=_chunks(placed.values(), problems))
@@ -115,8 +121,6 @@ def _read_all(folder: Path, names: Sequence[str]) -> tuple[dict[str, RankFile], 
     for name in names:
         try:
             files[name] = read(folder / name / FILE)
-        except PlanError:
-            raise
         except CheckpointError as error:
             problems.append(str(error).removeprefix(f"{folder}/"))
     return files, problems
@@ -194,11 +198,16 @@ def _second_is_stage(folder: Path, files: Mapping[str, RankFile], sizes: Mapping
     )
 
 
-def _layout(places: Mapping[str, Place], sizes: Mapping[str, int]) -> Layout:
-    if sizes:
-        return Layout(sizes["tp"], sizes["pp"], ep=sizes["ep"], etp=sizes["etp"])
+def _layout(folder: Path, places: Mapping[str, Place], sizes: Mapping[str, int]) -> Layout:
     tp, pp, ep = (max(numbers) + 1 for numbers in zip(*places.values(), strict=True))
-    return Layout(tp=tp, pp=pp, ep=ep)
+    found = {"tp": tp, "pp": pp, "ep": ep, "etp": 1, **sizes}
+    if min(found.values()) < 1 or math.prod(found.values()) > _MOST_RANKS:
+        told = ", ".join(f"{name} {size}" for name, size in found.items())
+        raise CheckpointError(
+            f"{folder}: its {'args' if sizes else 'names'} tell of a layout that cannot be "
+            f"({told}); copy the checkpoint again"
+        )
+    return Layout(found["tp"], found["pp"], ep=found["ep"], etp=found["etp"])
 
 
 def _placed(

@@ -88,6 +88,9 @@ class Finder:
     def _joined(self, parameter: Parameter, parts: Holders, copies: Holders) -> Joined | None:
         """A parameter's pieces, each with every file that has it."""
         first = next(iter(parts.values()))
+        if len(first.spec.shape) != len(parameter.shape):
+            self._misfit(first, parameter.name, parameter.shape)
+            return None
         if parameter.padded:  # the table is as long as the files have it, padding and all
             rows = first.spec.shape[0] * self._grid.layout.tp
             parameter = replace(parameter, shape=(rows, *parameter.shape[1:]))
@@ -125,13 +128,16 @@ class Finder:
                     f"({self._grid.layout}) gives it; copy the file again"
                 )
             elif part.spec.shape != piece.shape:
-                self.problems.append(
-                    f"{_where(file)}: has {parameter.name} in shape {list(part.spec.shape)} where "
-                    f"the config and the layout ({self._grid.layout}) make it {list(piece.shape)}; "
-                    f"one of them is another model's"
-                )
+                self._misfit(part, parameter.name, piece.shape)
             else:
                 yield part
+
+    def _misfit(self, part: Part, name: str, wanted: tuple[int, ...]) -> None:
+        self.problems.append(
+            f"{_where(part.file)}: has {name} in shape {list(part.spec.shape)} where the config and "
+            f"the layout ({self._grid.layout}) make it {list(wanted)}; one of them is another "
+            f"model's"
+        )
 
 
 def _where(file: RankFile) -> str:
@@ -143,5 +149,6 @@ def _expert_parts(holders: Mapping[str, Holders], parameters: Mapping[str, Param
     for name, parts in holders.items():
         parameter = parameters.get(name)
         if parameter and parameter.has_experts and parameter.shard in (Shard.GATED, Shard.COLUMN):
-            return max(1, parameter.shape[1] // max(1, next(iter(parts.values())).spec.shape[1]))
+            rows = next(iter(parts.values())).spec.shape[1:2]
+            return max(1, parameter.shape[1] // max((*rows, 1)))
     return 1

@@ -167,7 +167,12 @@ def read(path: Path) -> RankFile:
     common = {"args": state.get("args")}
     found = RankFile(path, common, frozenset(map(str, state)))
     found.reader, found.archive = reader, archive
-    found.chunks = [_tensors(model, path) for model in models]
+    try:
+        found.chunks = [_tensors(model, path) for model in models]
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: has a name that is none of a model's ({error}); copy the file again"
+        ) from None
     return found
 
 
@@ -195,8 +200,9 @@ def _models(state: Any, path: Path) -> list[Mapping[str, Any]]:
 
 def _tensors(model: Mapping[str, Any], path: Path) -> dict[str, dict[int | None, StoredTensor]]:
     tensors: dict[str, dict[int | None, StoredTensor]] = {}
-    for name, value in model.items():
-        if value is None or (meaning := stored(str(name))) is None:
+    for key, value in model.items():
+        name = str(key)
+        if value is None or (meaning := stored(name)) is None:
             continue
         if isinstance(value, dict):
             raise CheckpointError(
@@ -220,5 +226,5 @@ def _tensors(model: Mapping[str, Any], path: Path) -> dict[str, dict[int | None,
                 f"{path}: {name} and {experts[meaning.expert].name} are the same tensor; remove "
                 f"the stale one"
             )
-        experts[meaning.expert] = StoredTensor(str(name), meaning, value)
+        experts[meaning.expert] = StoredTensor(name, meaning, value)
     return tensors
