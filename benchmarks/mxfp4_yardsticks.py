@@ -36,11 +36,12 @@ STEPS = tuple(
     math.nextafter(t, 9) if down else t
     for t, down in zip((0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0), (1, 0) * 4, strict=False)
 )
-# The smallest largest-magnitude of a block that has scale byte 1, 2, ... 254, by rule.
+# The smallest largest-magnitude of a block that has scale byte 1, 2, ... 252, by rule. There is no
+# larger scale: at 252 the largest code is the largest value that a bfloat16 holds.
 FIRST = {
-    "even": [1.75 * 2.0 ** (s - 126) for s in range(1, 255)],
-    "floor": [2.0 ** (s - 125) for s in range(1, 255)],
-    "round_up": [math.nextafter(1.5 * 2.0 ** (s - 126), math.inf) for s in range(1, 255)],
+    "even": [1.75 * 2.0 ** (s - 126) for s in range(1, 253)],
+    "floor": [2.0 ** (s - 125) for s in range(1, 253)],
+    "round_up": [math.nextafter(1.5 * 2.0 ** (s - 126), math.inf) for s in range(1, 253)],
 }
 
 

@@ -27,6 +27,7 @@ from gptoss_convert.execute import (
     CLAIM,
     DEFAULT_MAX_MEMORY,
     NOTE,
+    Budget,
     Executor,
     Progress,
     default_workers,
@@ -36,7 +37,7 @@ from gptoss_convert.loss import Loss, total
 from gptoss_convert.staging import Staging, human
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from gptoss_convert.plan import ConversionPlan
     from gptoss_convert.registry import Registry
@@ -57,6 +58,7 @@ class Result:
     resumed: bool
     losses: Mapping[str, Loss] = field(default_factory=dict, repr=False)
     finished: bool = True  # False if another process put it in place, or will
+    device: str = "cpu"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; the schema is described in docs/json.md."""
@@ -73,11 +75,21 @@ class Result:
             "encoding": self._encoding() if self.losses else None,
         }
 
+    @property
+    def encoding(self) -> Mapping[str, str]:
+        """The codec that wrote and its options, those that it chose itself as it chose them."""
+        told, outputs = self.plan.encoding, (o for s in self.plan.steps for o in s.outputs)
+        codec = next((o.codec for o in outputs if o.codec), None)
+        if codec is None or codec.settle is None:
+            return told
+        options = {name: value for name, value in told.items() if name != "codec"}
+        return {**told, **codec.settle(self.device, **options)}
+
     def _encoding(self) -> dict[str, Any]:
         """What encoding cost, in all and per tensor."""
         tensors = [{"name": name, **self.losses[name].to_json()} for name in sorted(self.losses)]
         return {
-            **self.plan.encoding,
+            **self.encoding,
             "total": total(self.losses.values()).to_json(),
             "tensors": tensors,
         }
@@ -134,12 +146,13 @@ class Conversion:
         staging = Staging(
             Path(target),
             key,
-            lambda folder: overwrite and self._is_checkpoint(folder),
+            self._is_checkpoint if overwrite else None,
             shared=not crew.is_alone,
         )
         if staging.is_finished:
             log.info("%s: is finished already", staging.target)
             return Result(self.plan, staging.target, 0.0, resumed=True, finished=False)
+        staging.recover()
         staging.check_target()
         sink = self.sink(staging.folder)
         budget = make_budget(sink, workers or default_workers(), max_memory)
@@ -177,7 +190,29 @@ class Conversion:
             _stopped(error, staging, sink, crew)
         staging.release()
         seconds = time.monotonic() - started
-        return Result(self.plan, staging.target, seconds, resumed, executor.losses, finished)
+        losses = executor.losses
+        return Result(self.plan, staging.target, seconds, resumed, losses, finished, device)
+
+    def obstacles(self, target: Path | None, budget: Budget) -> list[str]:
+        """Why it would not run with that target and budget, a sentence each; changes nothing."""
+        memory = budget.in_flight + RESIDENT
+        checks: list[Callable[[], None]] = [lambda: check_memory(memory)]
+        if target is not None:
+            staging = Staging(target, self._key())
+            need = self.sink(staging.folder).nbytes
+            checks = [
+                lambda: self._check_apart(target),
+                staging.check_target,
+                lambda: staging.check_space(need),
+                *checks,
+            ]
+        found = []
+        for check in checks:
+            try:
+                check()
+            except ConvertError as error:
+                found.append(str(error))
+        return found
 
     def _ready(self, crew: Crew, sink: TensorSink, staging: Staging) -> bool:
         """Whether all processes' work is done, and putting it in place falls to this one.
@@ -231,8 +266,8 @@ class Conversion:
         )
         return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
-    def _check(self, target: Path) -> None:
-        """What can be refused for the sake of the source and the plan."""
+    def _check_apart(self, target: Path) -> None:
+        """Refuse a target that contains what is read, or lies in it."""
         hints = self.hints.path if self.hints else None
         for path in filter(None, (self.source.path, self.reference, hints)):
             mine, theirs = target.resolve(), path.resolve()
@@ -240,6 +275,10 @@ class Conversion:
                 raise ConvertError(
                     f"{target}: contains {path}, or lies in it; choose another target"
                 )
+
+    def _check(self, target: Path) -> None:
+        """What can be refused for the sake of the source and the plan."""
+        self._check_apart(target)
         self.source.check()
         if self.hints:
             self.hints.check()

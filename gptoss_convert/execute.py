@@ -20,6 +20,7 @@ from gptoss_convert.loss import Loss, load, save
 from gptoss_convert.ops import Copy
 from gptoss_convert.plan import ConversionPlan, Group, Output, Step, step_bytes_in
 from gptoss_convert.scratch import PAGE, Scratch
+from gptoss_convert.spoiled import Spoiled
 from gptoss_convert.staging import human
 
 if TYPE_CHECKING:
@@ -199,6 +200,7 @@ class Executor:
         self._groups = sink.groups if groups is None else groups
         self._shared = len(self._groups) < len(sink.groups)
         self.losses: dict[str, Loss] = {}
+        self._spoiled = Spoiled()
         self._validators = [v for v in validators if v.stage == "tensor"]
         self._progress = progress
         self._stop = threading.Event()
@@ -226,6 +228,7 @@ class Executor:
                 self._run_groups(pool, todo, budget)
         finally:
             torch.set_num_threads(before)
+        self._spoiled.tell()
 
     def _run_groups(self, pool: ThreadPoolExecutor, todo: Sequence[Group], budget: Budget) -> None:
         local = threading.local()
@@ -353,6 +356,8 @@ class Executor:
         encoder: Encoder,
     ) -> None:
         scratch.reset()
+        for of, parts in zip(piece.step.inputs, stored.inputs, strict=True):
+            self._spoiled.look(of, parts, piece.start, piece.stop)
         tensors = [
             self._decode(
                 i,

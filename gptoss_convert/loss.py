@@ -23,13 +23,18 @@ if TYPE_CHECKING:
 class Loss:
     """The difference between a tensor and what its encoded form decodes to.
 
+    Differences are those of finite values. One that is NaN or infinite afterwards, as every value of
+    a block that was made NaN, differs by all of its size.
+
     Attributes:
-        blocks: how many blocks there are (elements, for a codec that has no ``measure``).
+        blocks: how many blocks there are, or other units.
         kept: those that decode to exactly what they were made from.
         largest: the largest absolute difference.
         squares: sum of the squared differences.
         power: sum of the squared values.
         elements: how many there are.
+        nonfinite: those that were NaN or infinite.
+        unit: what ``blocks`` and ``kept`` count; elements, for a codec that has no ``measure``.
 
     """
 
@@ -39,6 +44,8 @@ class Loss:
     squares: float = 0.0
     power: float = 0.0
     elements: int = 0
+    nonfinite: int = 0
+    unit: str = "blocks"
 
     def __add__(self, other: Loss) -> Loss:
         return Loss(
@@ -48,12 +55,15 @@ class Loss:
             self.squares + other.squares,
             self.power + other.power,
             self.elements + other.elements,
+            self.nonfinite + other.nonfinite,
+            self.unit if self.blocks else other.unit,
         )
 
     @property
     def rms(self) -> float:
-        """Root of the mean squared difference."""
-        return math.sqrt(self.squares / self.elements) if self.elements else 0.0
+        """Root of the mean squared difference of the finite values."""
+        finite = self.elements - self.nonfinite
+        return math.sqrt(self.squares / finite) if finite else 0.0
 
     @property
     def sqnr(self) -> float | None:
@@ -65,9 +75,11 @@ class Loss:
     def to_json(self) -> dict[str, Any]:
         """Plain values; the schema is described in docs/json.md."""
         return {
+            "unit": self.unit,
             "blocks": self.blocks,
             "kept": self.kept,
             "requantized": self.blocks - self.kept,
+            "nonfinite": self.nonfinite,
             "max_error": self.largest,
             "rms_error": self.rms,
             "sqnr_db": self.sqnr,
@@ -84,15 +96,18 @@ def measure(codec: Codec, tensor: Tensor, parts: Sequence[Tensor]) -> Loss:
         tensor, decoded, strict=True
     ):  # one at a time: float64 is four times as large
         value, again = row.double(), back.double()
-        finite = value.isfinite() & again.isfinite()
-        error = (again - value)[finite]
+        finite = value.isfinite()
+        value, again = value[finite], again[finite]
+        error = again.where(again.isfinite(), 0) - value
         total += Loss(
             row.numel(),
-            int((error == 0).sum()),
+            int((again == value).sum()),
             float(error.abs().max()) if len(error) else 0.0,
             float(error.square().sum()),
-            float(value[finite].square().sum()),
+            float(value.square().sum()),
             row.numel(),
+            row.numel() - len(value),
+            "elements",
         )
     return total
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gptoss_convert.conversion import RESIDENT, Conversion, Result
-from gptoss_convert.errors import MOST_SHOWN, printable
+from gptoss_convert.errors import MOST_SHOWN, PluginError, printable
 from gptoss_convert.execute import default_workers, make_budget
 from gptoss_convert.loss import total
 from gptoss_convert.registry import KINDS, Registry
@@ -24,6 +24,7 @@ def describe_plan(
     """The plan, and what it takes on this machine."""
     sink = conversion.sink(Path())
     budget = make_budget(sink, workers or default_workers(), max_memory)
+    obstacles = conversion.obstacles(target if target.name else None, budget)
     return {
         **conversion.plan.to_json(),
         "source": str(conversion.source.path),
@@ -34,6 +35,7 @@ def describe_plan(
         "workers": budget.workers,
         "memory_in_flight": budget.in_flight,
         "memory_peak": budget.in_flight + RESIDENT,
+        "obstacles": obstacles,
     }
 
 
@@ -75,6 +77,8 @@ def print_plan(facts: Mapping[str, Any]) -> None:
         console.print(f"Layers {sorted(layers)[1]} to {max(layers)} are converted like layer 0.")
     for tensor in facts["dropped"]:
         console.print(f"left out: {tensor['name']} ({tensor['reason']})")
+    for obstacle in facts["obstacles"]:
+        click.echo(f"would not run: {obstacle}")
 
 
 def _encoding(facts: Mapping[str, Any]) -> dict[str, str]:
@@ -88,8 +92,10 @@ def _encoding(facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _form(encoding: Mapping[str, str]) -> str:
-    options = (f"{name} {value}" for name, value in encoding.items() if name != "codec")
-    return f"{encoding['codec']} ({', '.join(options)})".replace("_", "-").removesuffix(" ()")
+    options = (
+        f"{name.replace('_', '-')} {value}" for name, value in encoding.items() if name != "codec"
+    )
+    return f"{encoding['codec']} ({', '.join(options)})".removesuffix(" ()")
 
 
 def print_result(result: Result) -> None:
@@ -106,21 +112,23 @@ def print_result(result: Result) -> None:
 
 def _print_losses(result: Result) -> None:
     """A line if nothing was lost, else a table with a row per tensor."""
-    how = _form(result.plan.encoding)
+    how = _form(result.encoding)
     everything = total(result.losses.values())
+    unit = everything.unit
     if not result.plan.hints_found:
         click.echo(
             f"{how}: scales are new, as the source's own were not at hand (--scales-from names them)"
         )
-    if everything.kept == everything.blocks:
-        click.echo(f"{how}: all {everything.blocks:,} blocks keep their values, nothing was lost")
+    if everything.kept == everything.blocks and not everything.nonfinite:
+        click.echo(f"{how}: all {everything.blocks:,} {unit} keep their values, nothing was lost")
         return
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
     table.add_column("tensor", no_wrap=True)
-    for name in ("blocks", "kept", "requantized", "max error", "RMS error", "SQNR (dB)"):
+    spoiled = ["NaN or inf"] if everything.nonfinite else []
+    for name in (unit, "kept", "requantized", *spoiled, "max error", "RMS error", "SQNR (dB)"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, loss in [*sorted(result.losses.items()), ("all", everything)]:
         table.add_row(
@@ -128,11 +136,14 @@ def _print_losses(result: Result) -> None:
             f"{loss.blocks:,}",
             f"{loss.kept:,}",
             f"{loss.blocks - loss.kept:,}",
+            *[f"{loss.nonfinite:,}" for _ in spoiled],
             f"{loss.largest:.3g}",
             f"{loss.rms:.3g}",
             "" if loss.sqnr is None else f"{loss.sqnr:.2f}",
         )
-    click.echo(f"What {how} costs (a kept block has every value it had):")
+    kept = f"a kept {unit.removesuffix('s')} has every value it had"
+    lost = "; of finite values, those lost to a NaN count in full" if spoiled else ""
+    click.echo(f"What {how} costs ({kept}{lost}):")
     Console(width=_width()).print(table)
 
 
@@ -164,11 +175,18 @@ def print_inspection(facts: Mapping[str, Any]) -> None:
 
 def describe_plugins(registry: Registry) -> dict[str, Any]:
     """Plugins with their origin, and what is on offer by kind."""
-    offers = {kind: sorted(getattr(registry, kind)()) for kind in KINDS}
+    offers, conflicts = {}, []
+    for kind in KINDS:
+        try:
+            offers[kind] = sorted(getattr(registry, kind)())
+        except PluginError as error:  # all commands stop at it; here it is what to look at
+            offers[kind] = registry.names(kind)
+            conflicts.append(str(error))
     return {
         "schema": "gptoss-convert.plugins/1",
         "plugins": [vars(plugin) for plugin in registry.plugins],
         "offers": offers,
+        "conflicts": list(dict.fromkeys(conflicts)),
     }
 
 
@@ -185,6 +203,8 @@ def print_plugins(facts: Mapping[str, Any]) -> None:
     console.print(table)
     console.print()
     _print_facts({kind: ", ".join(names) or "none" for kind, names in facts["offers"].items()})
+    for conflict in facts["conflicts"]:
+        click.echo(f"conflict: {conflict}")
 
 
 def _print_facts(facts: Mapping[str, Any]) -> None:

@@ -58,7 +58,7 @@ class Staging:
     Args:
         target: the folder to appear.
         key: stands for all that decides the result.
-        replaceable: whether a non-empty target may be replaced.
+        replaceable: whether a non-empty target may be replaced; None if the user did not ask for it.
         shared: whether other processes work on the same result.
 
     """
@@ -67,7 +67,7 @@ class Staging:
         self,
         target: Path,
         key: str,
-        replaceable: Callable[[Path], bool] = lambda _: False,
+        replaceable: Callable[[Path], bool] | None = None,
         *,
         shared: bool = False,
     ) -> None:
@@ -87,7 +87,6 @@ class Staging:
 
     def check_target(self) -> None:
         """Refuse a target that is in use, before anything is read or written."""
-        self._recover()
         target = self.target
         if not target.name:
             raise UsageError(f"{target}: is no folder name to write to")
@@ -141,13 +140,20 @@ class Staging:
 
     def _refuse_to_replace(self) -> None:
         target = self.target
-        if target.is_dir() and any(target.iterdir()) and not self._replaceable(target):
+        if not (target.is_dir() and any(target.iterdir())):
+            return
+        if self._replaceable is None:
             raise ConvertError(
                 f"{target}: is not empty; choose another target, or say --overwrite if it holds a "
                 f"checkpoint to replace"
             )
+        if not self._replaceable(target):
+            raise ConvertError(
+                f"{target}: is not empty, and no checkpoint, which is all that --overwrite replaces; "
+                f"choose another target"
+            )
 
-    def _recover(self) -> None:
+    def recover(self) -> None:
         """Undo a replacement that stopped between its two renames, or finish its clean-up.
 
         Raises:

@@ -147,6 +147,10 @@ class Codec:
             logical order. Without it ``decode``'s result is copied where it is a view.
         measure: ``measure(tensor, parts) -> Loss``, what encoding lost; without it the parts are
             decoded and compared element by element.
+        settle: called with ``cpu`` or ``cuda``, where it works, and all options; those among them
+            that leave it a choice (``auto``), with what it chooses there, for the report.
+        spoiled: parts -> how many values decode to infinity, and how many to NaN, so that the user
+            is told; has to be cheap where there are none.
 
     """
 
@@ -164,6 +168,8 @@ class Codec:
     check: Callable[..., None] | None = None
     decode_contiguous: Callable[..., Tensor] | None = None
     measure: Callable[[Tensor, Sequence[Tensor]], Loss] | None = None
+    settle: Callable[..., Mapping[str, str]] | None = None
+    spoiled: Callable[[Sequence[Tensor]], tuple[int, int]] | None = None
 
     @property
     def writes(self) -> bool:

@@ -77,7 +77,7 @@ def encoded(natural: Tensor, rule: str, hints: Tensor | None = None) -> Blocks:
     fraction, exponent = torch.frexp(x.abs().amax(1))
     m, n = 2 * fraction, exponent - 1
     up = {"even": m >= 1.75, "floor": m > 2, "round_up": m > 1.5}[rule]
-    scales = torch.where(m > 0, (n - 2 + up.int() + 127).clamp(0, 254), 0).to(torch.uint8)
+    scales = torch.where(m > 0, (n - 2 + up.int() + 127).clamp(0, 252), 0).to(torch.uint8)
     if hints is not None:
         hint = hints.reshape(-1)
         at_hint = MAGNITUDES[(nearest(x, hint) & 7).long()] * UNIT[hint.long()][:, None]
@@ -595,7 +595,8 @@ def test_what_has_no_code_stops_the_export(
             (f"{GATE_UP}[3]", "37", "32", "63"),
             (f"{DOWN}[2]", "41", "64", "95"),
         ]
-        assert_refused(done, 1, "NaN or infinity", "--on-nonfinite")
+        what, way_out = ("NaN", "nan") if math.isnan(value) else ("infinity", "nan or saturate")
+        assert_refused(done, 1, f"hold {what}, which", f"--on-nonfinite {way_out}\n")
         assert tree(tmp_path) == before
     done = invoke("quantize", "--hf-model", tmp_path / "hf", "--hf-path", tmp_path / "new")
     assert_refused(done, 1, "[3]: output 37, inputs 32 to 63")

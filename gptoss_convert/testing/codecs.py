@@ -66,6 +66,7 @@ def assert_codec(
     if codec.sliceable:
         _try_slices(it, values, parts, kept)
     _try_zeros(it, values)
+    _try_largest(it, values)
     if refuses_nonfinite:
         _try_nonfinite(it, values)
     anywhere = _places(it, any_bytes)
@@ -183,6 +184,22 @@ def _try_zeros(it: Tried, values: Tensor) -> None:
         it.require(bool(signs.all()), "loses the sign of zeros")
 
 
+def _try_largest(it: Tried, values: Tensor) -> None:
+    """The largest finite values are refused, or stay finite."""
+    import torch
+
+    assert it.codec.encode
+    tensor = values.clone().contiguous()
+    most = torch.finfo(tensor.dtype).max
+    tensor.view(-1)[::5], tensor.view(-1)[3::7] = most, -0.9 * most
+    try:
+        parts = it.codec.encode(tensor, None, None)
+    except EncodeError:
+        return
+    finite = it.codec.decode(parts).isfinite()
+    it.require(bool(finite.all()), "makes infinity or NaN of finite values")
+
+
 def _try_nonfinite(it: Tried, values: Tensor) -> None:
     """NaN and infinity stop it, and it says in which row."""
     assert it.codec.encode
@@ -216,6 +233,10 @@ def _try_bytes(it: Tried, parts: Sequence[Tensor], anywhere: set[int]) -> None:
     for seed in range(2):
         stored = _random(parts, anywhere, range(256), seed)
         decoded = it.decode(stored, "random bytes")
+        if it.codec.spoiled:
+            told = it.codec.spoiled(stored)
+            true = int(decoded.isinf().sum()), int(decoded.isnan().sum())
+            it.require(told == true, f"tells of {told} infinite and NaN values, which are {true}")
         finite = decoded.where(decoded.isfinite(), 0)
         for hints in (None, it.hints(stored)):
             it.require_kept(finite, "finite values of random bytes", hints)

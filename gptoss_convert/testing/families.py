@@ -63,7 +63,7 @@ def write_hf_folder(
         files: further files, such as a tokenizer's.
 
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     folder.mkdir(parents=True)
     names = list(tensors)
@@ -73,7 +73,8 @@ def write_hf_folder(
         if shards == 1:
             file = "model.safetensors"
         mine = names[number * len(names) // shards : (number + 1) * len(names) // shards]
-        save_file({n: tensors[n].contiguous() for n in mine}, str(folder / file))
+        data = save({n: tensors[n].contiguous() for n in mine})  # its save_file hides OSErrors
+        (folder / file).write_bytes(data)
         weight_map.update(dict.fromkeys(mine, file))
     if shards > 1:
         index = {"metadata": {}, "weight_map": weight_map}

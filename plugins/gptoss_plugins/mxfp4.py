@@ -71,8 +71,16 @@ def check(backend: str = AUTO, **_: str) -> None:
 
     from gptoss_kernels import mxfp4
 
-    if backend != AUTO:
-        mxfp4.choose(_device(backend, torch.device("cpu")), backend)
+    mxfp4.chosen(_device(backend, torch.device("cpu")), backend)
+
+
+def settle(device: str, backend: str = AUTO, **_: str) -> Mapping[str, str]:
+    """Which backend works there."""
+    import torch
+
+    from gptoss_kernels import mxfp4
+
+    return {"backend": mxfp4.chosen(_device(backend, torch.device(device)), backend).name}
 
 
 def decode(
@@ -98,7 +106,7 @@ def _decode(
     device = _device(backend, home)
     blocks, scales = (part.to(device) for part in parts)
     room = out if device == home else None
-    decoded = mxfp4.decode(blocks, scales, room, transpose=transpose, backend=_name(backend))
+    decoded = mxfp4.decode(blocks, scales, room, transpose=transpose, backend=backend)
     if device == home:
         return decoded
     return decoded.to(home) if out is None else out.view(decoded.shape).copy_(decoded)
@@ -139,18 +147,16 @@ def encode(
             hint=hint,
             on_nonfinite=on_nonfinite,
             out=room,
-            backend=_name(backend),
+            backend=backend,
         )
     except mxfp4.NonFiniteError as error:
         expert, *place, group = error.block
         row = _row(place, natural.shape[1:-1])
-        saturating = on_nonfinite == "saturate"
-        what = "NaN" if saturating else "NaN or infinity"
-        way_out = "nan" if saturating else "nan or saturate"
+        way_out = "nan" if error.any_nan else "nan or saturate"
         raise EncodeError(
             expert,
             f"output {row}, inputs {group * BLOCK} to {group * BLOCK + BLOCK - 1} hold "
-            f"{what}, which MXFP4 cannot; mend the checkpoint, or say --on-nonfinite {way_out}",
+            f"{error.holds}, which MXFP4 cannot; mend the checkpoint, or say --on-nonfinite {way_out}",
         ) from None
     shape = (len(tensor), -1, groups[-1])
     return made.blocks.to(home).view(*shape, BYTES), made.scales.to(home).view(shape)
@@ -164,8 +170,11 @@ def measure(tensor: Tensor, parts: Sequence[Tensor]) -> Loss:
     return Loss(*loss(tensor.movedim(1, -1), *parts))
 
 
-def _name(backend: str) -> str | None:
-    return None if backend == AUTO else backend
+def spoiled(parts: Sequence[Tensor]) -> tuple[int, int]:
+    """How many values decode to infinity and to NaN."""
+    from gptoss_kernels import mxfp4
+
+    return mxfp4.spoiled(*parts)
 
 
 def _device(backend: str, home: torch.device) -> torch.device:
@@ -202,4 +211,6 @@ def gptoss_convert_codecs() -> Iterator[Codec]:
         check=check,
         decode_contiguous=decode_contiguous,
         measure=measure,
+        settle=settle,
+        spoiled=spoiled,
     )

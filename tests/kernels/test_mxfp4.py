@@ -44,7 +44,7 @@ def nearest(value: float, scale: int) -> int:
 
 
 def chosen(values: list[float], rule: str) -> int:
-    """The scale byte a rule gives, from its definition."""
+    """The scale byte a rule gives, from its definition; above 252 code 7 would be infinite."""
     most = max(abs(Fraction(v)) for v in values)
     if not most:
         return 0
@@ -52,7 +52,7 @@ def chosen(values: list[float], rule: str) -> int:
     n += (most >= Fraction(2) ** (n + 1)) - (most < Fraction(2) ** n)  # log2 rounds
     m = most / Fraction(2) ** n
     up = {"even": m >= Fraction(7, 4), "floor": False, "round_up": m > Fraction(3, 2)}[rule]
-    return min(max(n - 2 + up + 127, 0), 254)
+    return min(max(n - 2 + up + 127, 0), 252)
 
 
 def by_definition(values: list[float], rule: str, hint: int | None = None) -> tuple[list[int], int]:
@@ -198,9 +198,10 @@ def test_larger_than_a_chunk_and_on_several_threads(backend: str, transpose: boo
     assert torch.equal(bits(results[0]), bits(want))
 
 
-@pytest.mark.parametrize("backend", ["table", "numba"])
+@backends
 def test_several_callers_at_once(backend: str) -> None:
-    sources = [random_blocks(2, 900 + n, 30) for n in range(4)]
+    rows, groups = (900, 30) if backend in ("table", "numba") else (20, 3)
+    sources = [random_blocks(2, rows + n, groups) for n in range(4)]
     made: dict[int, Encoded] = {}
 
     def run(number: int) -> None:
@@ -246,6 +247,42 @@ def test_a_wrong_hint_changes_no_value(backend: str, offset: int, exhaustive: En
     assert same(made, encode(values, "reference", wrong, on_nonfinite="nan"))
 
 
+def huge(dtype: torch.dtype) -> list[Tensor]:
+    """Blocks whose largest magnitude is near the end of the range, alone or among smaller ones."""
+    most = [1.5, 1.5 + 2.0**-7, 1.75 - 2.0**-7, 1.75, torch.finfo(dtype).max * 2.0**-127]
+    rows = []
+    for m in most:
+        among = torch.linspace(-0.7, 0.7, 32, dtype=torch.float64)
+        among[3] = m
+        alone = torch.zeros_like(among)
+        alone[5] = -m
+        rows += [(row * 2.0**127).to(dtype) for row in (among, alone)]
+    return rows
+
+
+@backends
+@rules
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_finite_becomes_infinite(
+    backend: str, rule: mxfp4.Rule, dtype: torch.dtype
+) -> None:
+    x = torch.stack(huge(dtype))
+    largest = 1.5 * 2.0**127
+    assert x.isfinite().all()
+    past = x.abs().double() >= largest
+    for hint in (None, 252, 253, 254):
+        given = None if hint is None else torch.full((len(x), 1), hint, dtype=torch.uint8)
+        made = encode(x, backend, given, rule=rule)
+        back = decode(*made, backend)
+        assert back.isfinite().all(), hint
+        assert (back[past].abs() == largest).all()
+        assert same(made, encode(x, "reference", given, rule=rule))
+    x[0, 7] = -math.inf
+    saturated = decode(*encode(x, backend, rule=rule, on_nonfinite="saturate"), backend)
+    assert saturated.isfinite().all()
+    assert saturated[0, 7] == -largest
+
+
 @rules
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_reference_does_what_the_definition_says(rule: mxfp4.Rule, dtype: torch.dtype) -> None:
@@ -262,14 +299,15 @@ def test_the_reference_does_what_the_definition_says(rule: mxfp4.Rule, dtype: to
         torch.tensor([0.0, -0.0] * 16),
         random_bits((32,), dtype, 4).nan_to_num(1.0, 2.0, 3.0).float(),
     ]
-    for row in rows:
+    tries = [(row, hint) for row in rows for hint in (None, 127, 0, 130, 255)]
+    tries += [(row, hint) for row in huge(dtype) for hint in (None, 252, 253, 254)]
+    for row, hint in tries:
         x = row.to(dtype)
-        for hint in (None, 127, 0, 130, 255):
-            given = None if hint is None else torch.tensor([[hint]], dtype=torch.uint8)
-            made = encode(x[None], "reference", given, rule=rule)
-            codes, scale = by_definition(x.double().tolist(), rule, hint)
-            assert int(made.scales) == scale
-            assert unpack(made.blocks[0, 0]) == codes
+        given = None if hint is None else torch.tensor([[hint]], dtype=torch.uint8)
+        made = encode(x[None], "reference", given, rule=rule)
+        codes, scale = by_definition(x.double().tolist(), rule, hint)
+        assert int(made.scales) == scale
+        assert unpack(made.blocks[0, 0]) == codes
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
@@ -286,10 +324,12 @@ def test_all_make_the_same_bytes(backend: str, rule: mxfp4.Rule, dtype: torch.dt
         (normal * 2.0**-140).to(dtype),
         (normal.sign() * 2.0 ** torch.randint(-3, 3, size, generator=noise(6))).to(dtype),
         (torch.randint(-28, 29, size, generator=noise(7)) / 4 * (1 + 2.0**-23)).to(dtype),
+        (normal.clamp(-3, 3) * 2.0**126).to(dtype),
     ]
     any_hint = torch.randint(256, (90, 2), generator=noise(8), dtype=torch.uint8)
     near = torch.randint(120, 131, (90, 2), generator=noise(9), dtype=torch.uint8)
-    for x, hint in itertools.product(inputs, (None, any_hint, near)):
+    last = torch.randint(250, 256, (90, 2), generator=noise(9), dtype=torch.uint8)
+    for x, hint in itertools.product(inputs, (None, any_hint, near, last)):
         want = encode(x, "reference", hint, rule=rule, on_nonfinite="nan")
         assert same(encode(x, backend, hint, rule=rule, on_nonfinite="nan"), want)
 
@@ -380,8 +420,9 @@ def test_bad_arguments() -> None:
         mxfp4.decode(blocks.short(), scales)
     with pytest.raises(ValueError, match="with 960 elements"):
         mxfp4.decode(blocks, scales, torch.empty(959, dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match="no MXFP4 backend 'fast'; choose triton, numba"):
+    with pytest.raises(ValueError, match="no MXFP4 backend 'fast'; choose auto, triton"):
         mxfp4.decode(blocks, scales, backend="fast")
+    assert mxfp4.decode(blocks, scales, backend="auto").equal(mxfp4.decode(blocks, scales))
     x = torch.randn(2, 48)
     with pytest.raises(ValueError, match="32 do not divide rows of 48"):
         mxfp4.encode(x)
@@ -427,17 +468,65 @@ def test_the_loss_is_what_float64_says(dtype: torch.dtype) -> None:
 
 
 def test_the_loss_of_values_out_of_the_ordinary() -> None:
+    """A NaN takes the finite values of its block with it: they are lost to their full size."""
     x = torch.randn(2, 3, 32, generator=noise(6))
-    x[0, 1, 4], x[1, 0, 0] = math.nan, 1e30
+    x[0, 1, 4], x[1, 0, 0], x[1, 2] = math.nan, 1e30, -math.inf
     made = encode(x, "table", on_nonfinite="nan")
     found = loss(x, *made)
-    sound = x[[0, 0, 1, 1, 1], [0, 2, 0, 1, 2]].double()  # the block that became NaN is left out
-    error = decode(*made, "reference")[[0, 0, 1, 1, 1], [0, 2, 0, 1, 2]].double() - sound
+    value = x.double()[x.isfinite()]
+    error = decode(*made, "reference").double().nan_to_num(0)[x.isfinite()] - value
     assert found.kept == 0
+    assert found.nonfinite == 33
+    assert found.elements == x.numel()
     assert found.largest == pytest.approx(float(error.abs().max()))
     assert found.squares == pytest.approx(float(error.square().sum()))
-    assert found.power == pytest.approx(float(sound.square().sum()))
+    assert found.power == pytest.approx(float(value.square().sum()))
     assert found.power > 9e59
+    alone = torch.randn(1, 32, generator=noise(6))
+    alone[0, 3] = math.nan
+    lost = loss(alone, *encode(alone, "table", on_nonfinite="nan"))
+    assert lost.squares == lost.power > 0
+    nothing = torch.full((2, 64), math.inf)
+    for policy in ("nan", "saturate"):
+        only = loss(nothing, *encode(nothing, "table", on_nonfinite=policy))
+        assert (only.blocks, only.kept, only.nonfinite) == (4, 0, 128)
+        assert (only.largest, only.squares, only.power) == (0, 0, 0)
+
+
+def test_the_loss_of_what_is_cut_down() -> None:
+    x = torch.full((3, 32), 3e38, dtype=torch.bfloat16)
+    found = loss(x, *encode(x, "table"))
+    error = float(x[0, 0]) - 1.5 * 2.0**127
+    assert (found.kept, found.nonfinite) == (0, 0)
+    assert found.largest == pytest.approx(error)
+    assert found.squares == pytest.approx(96 * error**2)
+
+
+@pytest.mark.parametrize("policy", ["error", "saturate"])
+def test_what_is_refused_is_named(policy: mxfp4.OnNonFinite) -> None:
+    x = torch.zeros(3, 64)
+    x[1, 33] = math.inf
+    if policy == "error":
+        with pytest.raises(NonFiniteError, match=r"\[1, 1\] holds infinity \(1 such") as caught:
+            encode(x, "table", on_nonfinite=policy)
+        assert not caught.value.any_nan
+    x[2, 0], x[2, 1] = math.nan, -math.inf
+    place, count = ((1, 1), 2) if policy == "error" else ((2, 0), 1)
+    with pytest.raises(NonFiniteError) as caught:
+        encode(x, "table", on_nonfinite=policy)
+    assert (caught.value.block, caught.value.count) == (place, count)
+    assert caught.value.any_nan
+    assert caught.value.holds == ("infinity" if policy == "error" else "NaN and infinity")
+
+
+@backends
+def test_what_decodes_to_no_finite_value_is_counted(backend: str, exhaustive: Encoded) -> None:
+    values = decode(*exhaustive, backend)
+    assert mxfp4.spoiled(*exhaustive) == (int(values.isinf().sum()), int(values.isnan().sum()))
+    assert mxfp4.spoiled(exhaustive.blocks[:, :253], exhaustive.scales[:, :253]) == (0, 0)
+    assert mxfp4.spoiled(
+        torch.empty(0, 16, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)
+    ) == (0, 0)
 
 
 # --- on a GPU ------------------------------------------------------------------------------------

@@ -17,8 +17,16 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from gptoss_kernels.mxfp4.backends import BACKENDS, Backend, choose
-from gptoss_kernels.mxfp4.form import BLOCK, BYTES, NAN_SCALE, RULES, Rule
+from gptoss_kernels.mxfp4.backends import BACKENDS, Backend, choose, chosen
+from gptoss_kernels.mxfp4.form import (
+    BLOCK,
+    BYTES,
+    LARGEST,
+    LARGEST_SCALE,
+    NAN_SCALE,
+    RULES,
+    Rule,
+)
 from gptoss_kernels.mxfp4.views import four_dims, stored_order
 
 __all__ = [
@@ -32,8 +40,10 @@ __all__ = [
     "OnNonFinite",
     "Rule",
     "choose",
+    "chosen",
     "decode",
     "encode",
+    "spoiled",
 ]
 OnNonFinite = Literal["error", "nan", "saturate"]
 
@@ -50,12 +60,15 @@ class NonFiniteError(ValueError):
 
     Attributes:
         block: the first such block, as an index into the scales.
+        count: how many blocks hold one.
+        holds: what the first one holds: NaN, infinity, or both; in words.
+        any_nan: whether any of them holds NaN, which cannot be saturated.
 
     """
 
-    def __init__(self, block: tuple[int, ...], count: int) -> None:
-        self.block, self.count = block, count
-        super().__init__(f"block {list(block)} holds NaN or infinity ({count} such blocks in all)")
+    def __init__(self, block: tuple[int, ...], count: int, holds: str, any_nan: bool) -> None:
+        self.block, self.count, self.holds, self.any_nan = block, count, holds, any_nan
+        super().__init__(f"block {list(block)} holds {holds} ({count} such blocks in all)")
 
 
 def decode(
@@ -76,7 +89,7 @@ def decode(
         out: contiguous bfloat16 memory for the result, of its number of elements.
         transpose: make ``[..., K, R]``, which is Hugging Face's BF16 layout.
         deinterleave: R alternates gate and up; put all gates before all ups, as Megatron has it.
-        backend: one of ``BACKENDS``; None takes the best for the device.
+        backend: one of ``BACKENDS``; None or ``auto`` takes the best for the device.
 
     Returns:
         bfloat16 ``[..., R, K]`` (or ``[..., K, R]``), in ``out`` if given. The extra memory is
@@ -128,7 +141,8 @@ def encode(
     """Encode bfloat16 or float32 as MXFP4: nearest code, ties to even, signs of zeros kept.
 
     What MXFP4 can hold comes back exactly, by every rule. With the scales it once had as ``hint``
-    its bytes come back too; a wrong hint changes no value.
+    its bytes come back too; a wrong hint changes no value. Nothing finite decodes to infinity: past
+    1.5 * 2**127, the largest MXFP4 value that bfloat16 holds, it becomes that.
 
     Args:
         tensor: ``[..., R, K]``, of any strides. float16 is taken as float32.
@@ -136,12 +150,12 @@ def encode(
         hint: uint8 ``[..., R, K/32]``; a block takes its scale from here if all of its values
             are exactly representable at it.
         on_nonfinite: what becomes of a block with NaN or infinity. ``error`` raises; ``nan``
-            makes the whole block NaN; ``saturate`` takes infinity as 1.5 * 2**127, the largest
-            MXFP4 value that bfloat16 holds, and raises for NaN.
+            makes the whole block NaN; ``saturate`` takes infinity as 1.5 * 2**127, and raises
+            for NaN.
         transpose: the tensor is ``[..., K, R]``.
         interleave: its R rows are ``[gate; up]``; they are stored alternating.
         out: where to write.
-        backend: one of ``BACKENDS``; None takes the best for the device.
+        backend: one of ``BACKENDS``; None or ``auto`` takes the best for the device.
 
     Raises:
         NonFiniteError: see ``on_nonfinite``.
@@ -198,14 +212,28 @@ def _settle_nonfinite(
         return
     places = broken.nonzero()
     values = rows.unflatten(-1, (-1, BLOCK))[broken.view(*rows.shape[:-1], -1)]
-    hopeless = values.isnan().any(1) if saturate else torch.ones(len(values), dtype=torch.bool)
+    nan, infinite = values.isnan().any(1), values.isinf().any(1)
+    hopeless = nan if saturate else nan | infinite
     if bool(hopeless.any()):
-        places = places[hopeless.to(places.device)]
-        raise NonFiniteError(tuple(places[0].tolist()), len(places))
-    most = 1.5 * 2.0**127  # the largest MXFP4 value that is a finite bfloat16
+        places = places[hopeless]
+        has = {"NaN": bool(nan[hopeless][0]), "infinity": bool(infinite[hopeless][0])}
+        holds = " and ".join(what for what, there in has.items() if there)
+        raise NonFiniteError(tuple(places[0].tolist()), len(places), holds, bool(nan.any()))
     wanted = None if hint is None else hint[broken][:, None]
-    again = encode(values.clamp(-most, most), rule=rule, hint=wanted, backend="table")
+    again = encode(values.clamp(-LARGEST, LARGEST), rule=rule, hint=wanted, backend="table")
     out.blocks[broken], out.scales[broken] = again.blocks[:, 0], again.scales[:, 0]
+
+
+def spoiled(blocks: Tensor, scales: Tensor) -> tuple[int, int]:
+    """How many values decode to infinity, being past bfloat16's largest, and how many to NaN.
+
+    Takes no longer than a look at the scales where there are none.
+    """
+    if not scales.numel() or int(scales.max()) <= LARGEST_SCALE:
+        return 0, 0
+    high = scales > LARGEST_SCALE
+    values = decode(blocks[high], scales[high])
+    return int(values.isinf().sum()), int(values.isnan().sum())
 
 
 def _rows(shape: torch.Size, *, merged: bool) -> tuple[int, ...]:

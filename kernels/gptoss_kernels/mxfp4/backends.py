@@ -60,6 +60,7 @@ def _triton(device: torch.device) -> str | None:
     return "needs a CUDA device (or TRITON_INTERPRET=1, to try it out on a CPU)"
 
 
+AUTO = "auto"
 BACKENDS = {  # best first
     "triton": Backend("triton", _triton),
     "numba": Backend("numba", _numba),
@@ -69,17 +70,23 @@ BACKENDS = {  # best first
 
 
 def choose(device: torch.device, name: str | None = None) -> ModuleType:
-    """The backend called ``name``, or the best for the device.
+    """The backend called ``name``, or the best for the device (None or ``auto``).
 
     Raises:
         ValueError: there is none of that name, or it does not run here; one sentence.
 
     """
-    if name is not None and name not in BACKENDS:
-        raise ValueError(f"there is no MXFP4 backend {name!r}; choose {', '.join(BACKENDS)}")
-    if name is None:
+    return chosen(device, name).load()
+
+
+def chosen(device: torch.device, name: str | None = None) -> Backend:
+    """Likewise, without importing it."""
+    if name is None or name == AUTO:
         usable = (b for b in BACKENDS.values() if not b.missing(device))
-        return next(b for b in usable if b.name != "triton" or device.type == "cuda").load()
+        return next(b for b in usable if b.name != "triton" or device.type == "cuda")
+    if name not in BACKENDS:
+        names = ", ".join((AUTO, *BACKENDS))
+        raise ValueError(f"there is no MXFP4 backend {name!r}; choose {names}")
     if reason := BACKENDS[name].missing(device):
         raise ValueError(f"the MXFP4 backend {name} {reason}")
-    return BACKENDS[name].load()
+    return BACKENDS[name]

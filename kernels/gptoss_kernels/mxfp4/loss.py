@@ -17,7 +17,8 @@ _CHUNK = 16384  # blocks at a time, so that intermediate results stay in the cac
 
 
 class MXFP4Loss(NamedTuple):
-    """Counts and sums; errors of elements that are not finite on both sides are left out.
+    """Counts and sums. Values that were NaN or infinite are counted and left out of the others;
+    a finite value that became NaN, as one beside a NaN does, is lost: its error is its size.
 
     Attributes:
         blocks: blocks of 32.
@@ -26,6 +27,7 @@ class MXFP4Loss(NamedTuple):
         squares: sum of the squared errors.
         power: sum of the squared values.
         elements: 32 times the blocks.
+        nonfinite: values that were NaN or infinite.
 
     """
 
@@ -35,6 +37,7 @@ class MXFP4Loss(NamedTuple):
     squares: float
     power: float
     elements: int
+    nonfinite: int
 
 
 def loss(tensor: Tensor, blocks: Tensor, scales: Tensor) -> MXFP4Loss:
@@ -47,19 +50,23 @@ def loss(tensor: Tensor, blocks: Tensor, scales: Tensor) -> MXFP4Loss:
     places = (view.shape[0], view.shape[1] * view.shape[2], view.shape[3] // BLOCK)
     blocks, scales = blocks.view(*places, BYTES), scales.view(places)
 
-    def work(chunk: tuple[tuple[int, slice], Tensor]) -> tuple[int, float, float, float]:
+    def work(chunk: tuple[tuple[int, slice], Tensor]) -> tuple[int, float, float, float, int]:
         part, rows = chunk
         back = scratch(4, rows.shape, torch.bfloat16, rows.device)
         table.decode(blocks[part][None], scales[part][None], back.view(1, -1, 1, view.shape[3]))
         return _compare(contiguous(rows).view(-1, BLOCK), back.view(-1, BLOCK))
 
-    kept, largest, squares, power = zip(*spread(work, list(chunks(view, _CHUNK))), strict=True)
+    found = zip(*spread(work, list(chunks(view, _CHUNK))), strict=True)
+    kept, largest, squares, power, nonfinite = found
     count = scales.numel()
-    return MXFP4Loss(count, sum(kept), max(largest), sum(squares), sum(power), count * BLOCK)
+    sums = sum(squares), sum(power)
+    return MXFP4Loss(count, sum(kept), max(largest), *sums, count * BLOCK, sum(nonfinite))
 
 
-def _compare(value: Tensor, back: Tensor) -> tuple[int, float, float, float]:
-    """How many blocks ``[N, 32]`` are equal; largest error, sums of squared errors and values."""
+def _compare(value: Tensor, back: Tensor) -> tuple[int, float, float, float, int]:
+    """How many blocks ``[N, 32]`` are equal; largest error, sums of squared errors and values, how
+    many values are not finite.
+    """
     wide = scratch(5, value.shape, torch.float32, value.device).copy_(value)
     power = float(torch.dot(wide.view(-1), wide.view(-1)))
     half = value.dtype == back.dtype
@@ -69,16 +76,19 @@ def _compare(value: Tensor, back: Tensor) -> tuple[int, float, float, float]:
     low, high = bits.aminmax()  # "==" is far slower in torch
     within = 1e-30 < power < math.inf  # squares that float32 holds, and no NaN or infinity
     if not (low or high) and within:
-        return len(value), 0.0, 0.0, power
+        return len(value), 0.0, 0.0, power, 0
     same = (bits.amax(1) == 0) & (bits.amin(1) == 0)
     again = scratch(6, *_like(wide)).copy_(back)
+    nonfinite = 0
     if not within:
-        finite = wide.isfinite() & again.isfinite()
-        wide, again = (torch.where(finite, tensor, 0).double() for tensor in (wide, again))
+        finite = wide.isfinite()
+        nonfinite = finite.numel() - int(finite.sum())
+        again = torch.where(finite & again.isfinite(), again, 0).double()
+        wide = torch.where(finite, wide, 0).double()
         power = float(wide.square().sum())
     error = again.sub_(wide)
     least, most = map(float, error.aminmax())
-    return int(same.sum()), max(-least, most), float(error.square_().sum()), power
+    return int(same.sum()), max(-least, most), float(error.square_().sum()), power, nonfinite
 
 
 def _like(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:

@@ -1,7 +1,8 @@
 """MXFP4 on the CPU by numba: loops that LLVM turns into vector instructions, one core per thread.
 
-Kernels are compiled on first use and cached on disk. They let go of the GIL, and are not numba's
-own parallel loops: those abort when several Python threads call them, as a conversion does.
+Kernels are compiled on first use and cached on disk, numbers of ``form.py`` included, for as long as
+this file is the same: change it when those change. They let go of the GIL, and are not numba's own
+parallel loops: those abort when several Python threads call them, as a conversion does.
 """
 
 from __future__ import annotations

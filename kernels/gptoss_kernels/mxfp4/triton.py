@@ -11,14 +11,16 @@ other strides, a tile of rows by K, which the compiler turns around in shared me
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+import threading
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 
 from gptoss_kernels.mxfp4 import table
-from gptoss_kernels.mxfp4.form import BLOCK, LARGEST_SCALE, NAN_BITS, NAN_SCALE, SHIFTED, Rule
+from gptoss_kernels.mxfp4.form import BIAS, BLOCK, LARGEST_SCALE, NAN_BITS, NAN_SCALE, SHIFTED, Rule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +32,8 @@ _HINTED_SHARE = {"whole": (1, 32, 1), "rows": (1, 32, 1), "tiles": (64, 2, 2)}
 
 _LARGEST_SCALE = tl.constexpr(LARGEST_SCALE)
 _NAN_SCALE = tl.constexpr(NAN_SCALE)
+_TWICE_BIAS = tl.constexpr(2 * BIAS)
+_LARGEST = tl.constexpr(0x7F400000)  # form.LARGEST
 _NAN = tl.constexpr(NAN_BITS << 16)
 _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 _INFINITY = tl.constexpr(0x7F800000)
@@ -38,6 +42,7 @@ _DOWN = tl.constexpr(2.0**-126)
 _CODE = tl.constexpr(22)  # where the code of a number times 2**-126 starts
 _FARTHEST = tl.constexpr(len(SHIFTED) - 1)
 _FRACTION = tl.constexpr((1 << 22) - 1)  # what is below it
+_interpreting = threading.Lock()  # the interpreter changes triton.language while it runs a kernel
 _HALF = tl.constexpr((1 << 21) - 1)  # added to that: a half less the least
 _REST = tl.constexpr((1 << 12) - 1)  # fraction bits of a float32 that count as "and more" only
 
@@ -49,8 +54,7 @@ def decode(blocks: Tensor, scales: Tensor, view: Tensor) -> None:
     *share, warps = _DECODE_SHARE[layout]
     programs, shape = _shape(view, 8, layout, *share)
     packed = _aligned(blocks).view(torch.int32), scales
-    with torch.cuda.device_of(view):
-        _decode[programs,](*packed, view.view(torch.int16), *shape, num_warps=warps)
+    _launch(_decode, view, programs, *packed, view.view(torch.int16), *shape, num_warps=warps)
 
 
 def encode(view: Tensor, rule: Rule, hint: Tensor | None, blocks: Tensor, scales: Tensor) -> None:
@@ -62,11 +66,18 @@ def encode(view: Tensor, rule: Rule, hint: Tensor | None, blocks: Tensor, scales
     programs, shape = _shape(bits, BLOCK // 2 if pairs else BLOCK, layout, *share)
     made = _aligned(blocks)
     data = bits, table.carry(rule, 23), scales if hint is None else hint
-    flags = hint is not None, rule == "floor", pairs, long
-    with torch.cuda.device_of(view):
-        _encode[programs,](*data, made.view(torch.int32), scales, *shape, *flags, num_warps=warps)
+    flags = hint is not None, hint is None or rule == "floor", pairs, long
+    parts = made.view(torch.int32), scales
+    _launch(_encode, view, programs, *data, *parts, *shape, *flags, num_warps=warps)
     if made is not blocks:
         blocks.copy_(made)
+
+
+def _launch(kernel: Any, view: Tensor, programs: int, *arguments: Any, num_warps: int) -> None:
+    """Run a kernel where the view is."""
+    compiled = isinstance(kernel, triton.JITFunction)
+    with torch.cuda.device_of(view), contextlib.nullcontext() if compiled else _interpreting:
+        kernel[programs,](*arguments, num_warps=num_warps)
 
 
 def _simplest(view: Tensor) -> Tensor:
@@ -165,7 +176,7 @@ def _values(words, scale):
 @triton.jit
 def _scaled(magnitude, scale):
     """Bits of ``magnitude / 2**(scale - 127) * 2**-126``. Only far below code 1 are bits lost."""
-    inverse = _power(-(scale - _LARGEST_SCALE))
+    inverse = _power(-(scale - _TWICE_BIAS))
     return (_float(magnitude) * inverse * _DOWN).to(tl.int32, bitcast=True)
 
 
@@ -215,7 +226,8 @@ def _quantized(
         hint: ``[..., 1, 1]``.
         carry: the rule, as what makes its ``m`` overflow into the exponent.
         HINTED: whether there is a hint.
-        CUTS: whether by the rule some magnitudes are past the largest code.
+        CUTS: whether to look at every element for codes past the largest, which the rule "floor"
+            makes at any scale, and the others at the largest only.
         LONG: whether fractions are longer than bfloat16's.
 
     Returns:
@@ -235,8 +247,11 @@ def _quantized(
         near = (above >= 1) & (above <= _FARTHEST)  # form.SHIFTED says why no other can be
         wanted = tl.where((hint != _NAN_SCALE) & (near | (largest == 0)), hint, scale)
         # Most programs find nothing to do here, and then the hint costs its reading only.
-        if tl.max(wanted ^ scale, None) != 0:
+        rare = tl.max(tl.where(largest > _LARGEST, 256, 0) | (wanted ^ scale), None)
+        if rare != 0:
             scale = tl.where(_fits(low, high, wanted), wanted, scale)
+        if rare >= 256 and not CUTS:
+            low, high = tl.minimum(low, _LARGEST), tl.minimum(high, _LARGEST)
     codes = _nearest(_scaled(low, scale), even, CUTS)
     codes |= _nearest(_scaled(high, scale), odd, CUTS) << 4
     codes = tl.where(largest == _INFINITY, 0, codes)
