@@ -31,6 +31,7 @@ from gptoss_convert.program import (
     Program,
     choice_of,
     echo_json,
+    given,
     layout_of,
     registry_of,
     required,
@@ -195,37 +196,30 @@ def plan(
     as_json: bool,
     **rest: Any,
 ) -> None:
-    """What a conversion would do: steps, bytes, disk, memory. Reads headers only.
+    """What a conversion would do: steps, bytes, disk, memory, and what would keep it from running.
 
-    With --hf-model an import (to --megatron-path, if given); with --hf-path, or without --hf-model,
-    an export.
+    Reads headers only. With --hf-model an import (to --megatron-path, if given); with --hf-path as
+    well, quantizing to --export-dtype, or dequantizing without it; without --hf-model, or with all
+    three, an export.
     """
-    from gptoss_convert.convert import prepare_export, prepare_import
+    from gptoss_convert.planning import prepare_plan
     from gptoss_convert.report import describe_plan, print_plan
 
-    choice, registry = choice_of(**rest), registry_of(ctx)
-    if hf_model and not hf_path:
-        target = megatron_path
-        conversion = prepare_import(
-            hf_model,
-            torch_dtype=torch_dtype,
-            registry=registry,
-            choice=choice,
-            revision=hf_revision,
-            headers_only=True,
-            keep_scales=keep_scales,
-        )
-    else:
-        target = hf_path
-        conversion = prepare_export(
-            required(megatron_path, "--megatron-path' or '--hf-model"),
-            hf_model=hf_model,
-            export_dtype=export_dtype,
-            scales_from=scales_from,
-            registry=registry,
-            choice=choice,
-            revision=hf_revision,
-        )
+    if not hf_model:
+        required(megatron_path, "--megatron-path' or '--hf-model")
+    conversion, target = prepare_plan(
+        hf_model,
+        megatron_path,
+        hf_path,
+        torch_dtype=torch_dtype,
+        export_dtype=export_dtype,
+        scales_from=scales_from,
+        keep_scales=keep_scales,
+        given=given(ctx),
+        registry=registry_of(ctx),
+        choice=choice_of(**rest),
+        revision=hf_revision,
+    )
     facts = describe_plan(conversion, target or Path(), workers, max_memory)
     echo_json(facts) if as_json else print_plan(facts)
 
@@ -258,6 +252,8 @@ def inspect(
 
     choice, registry = choice_of(**rest), registry_of(ctx)
     where = required(path or hf_model or megatron_path, "PATH")
+    if not {path, hf_model, megatron_path} <= {where, None}:
+        raise click.UsageError("PATH, --hf-model and --megatron-path name one checkpoint; give one")
     try:
         source = open_source(
             where,

@@ -135,6 +135,11 @@ def prepare_export(
 
     """
     registry, choice = registry or default_registry(), choice or Choice()
+    if choice.codec:
+        raise UsageError(
+            f"--codec {choice.codec}: says what a quantized source is in, and a Megatron checkpoint "
+            f"is in none; to write in a codec's form say --export-dtype {choice.codec}"
+        )
     source = open_source(megatron_path, "megatron", registry=registry, choice=choice)
     reference = _reference(hf_model, source, registry, revision)
     if source.config is None and reference is not None:
@@ -248,9 +253,8 @@ def prepare(
     encoding = hints = None
     if encode_as:
         hints = find_hints(encode_as, source, scales_from, registry)
-        encoding = Encoding(
-            bind(encode_as, choice.options), choice.options, hints.specs() if hints else {}
-        )
+        known_hints = (hints.specs(), str(scales_from or hints.path)) if hints else ()
+        encoding = Encoding(bind(encode_as, choice.options), choice.options, *known_hints)
     elif scales_from is not None or (choice.options and codec is None and direction == "export"):
         raise UsageError(
             "scales and a codec's options serve to encode, and nothing is to be encoded; say what "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from gptoss_convert.errors import UsageError, blame
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from gptoss_convert.plan import Output, Step
     from gptoss_convert.types import Codec, Config, ModelFamily, TensorSpec
@@ -59,12 +59,14 @@ class Encoding:
         codec: with its options bound.
         options: those options.
         hints: specs of the parts a source once had, by stored name.
+        hints_of: the checkpoint they are of, for messages.
 
     """
 
     codec: Codec
     options: Mapping[str, str] = field(default_factory=dict)
     hints: Mapping[str, TensorSpec] = field(default_factory=dict)
+    hints_of: str = ""
 
     def encoded(self, step: Step, problems: list[str]) -> Step:
         """The step with its outputs in the codec's form, if its rule wants that."""
@@ -90,15 +92,29 @@ class Encoding:
                 return output
         parts = {output.name + s: spec for s, spec in zip(codec.suffixes, specs, strict=True)}
         hints = tuple(output.name + s for s in codec.hints)
-        for name in hints:
-            if self.hints and self.hints.get(name) != parts[name]:
-                problems.append(
-                    f"{name}: the scales to go by are {self.hints.get(name, 'absent')} where "
-                    f"{parts[name]} is due; they are another model's, name the right ones"
-                )
         return replace(
             output, codec=codec, parts=tuple(parts.items()), hints=hints if self.hints else ()
         )
+
+    def unfit_hints(self, steps: Sequence[Step]) -> list[str]:
+        """What keeps the hints from serving for these steps."""
+        wanted = (
+            (name, dict(output.parts)[name])
+            for step in steps
+            for output in step.outputs
+            for name in output.hints
+        )
+        problems = []
+        for name, spec in wanted:
+            found = self.hints.get(name)
+            if found is None:
+                problems.append(f"{name}: is not there; name a checkpoint that is whole")
+            elif found != spec:
+                problems.append(
+                    f"{name}: is {found} where {spec} is due, so it is another model's; name the "
+                    f"checkpoint that the weights came from"
+                )
+        return problems
 
     def declaration(self, config: Config, family: ModelFamily) -> Mapping[str, Any]:
         """The ``quantization_config``: the source's own, if it declares this codec."""

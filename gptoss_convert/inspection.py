@@ -30,6 +30,7 @@ def inspect_source(source: TensorSource, registry: Registry, choice: Choice) -> 
         source.check()
     except PlanError as error:
         problems += error.problems
+    problems += _kept_problems(source, registry)
     try:
         config = own_config(source) if importing else config_of(source, registry, choice)
         family = registry.model_for(config, choice.model)
@@ -65,6 +66,21 @@ def inspect_source(source: TensorSource, registry: Registry, choice: Choice) -> 
         "layout": dict(source.describe()),
         "problems": problems,
     }
+
+
+def _kept_problems(source: TensorSource, registry: Registry) -> list[str]:
+    """What is wrong with what was kept beside a Megatron checkpoint to encode it again."""
+    found = []
+    for name in sorted(registry.codecs()):
+        try:
+            kept = source.hints(name) if hasattr(source, "hints") else None
+            if kept is not None and kept is not source:
+                kept.check()
+        except PlanError as error:
+            found += [f"{source.path}: {problem}" for problem in error.problems]
+        except ConvertError as error:
+            found.append(str(error))
+    return found
 
 
 def unreadable(path: str, problems: Sequence[str]) -> dict[str, Any]:

@@ -45,6 +45,18 @@ class Folder(click.ParamType[Path]):
         return Path(value)
 
 
+class Checkpoint(click.ParamType[str]):
+    """A folder or hub id; an empty one is a variable that was not set, and not this folder."""
+
+    name = "dir|id"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        """Text -> the same."""
+        if not str(value).strip():
+            self.fail("is empty; name a folder or a hub id", param, ctx)
+        return str(value)
+
+
 def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
     def apply(function: F) -> F:
         for option in reversed(options):
@@ -56,7 +68,11 @@ def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 DTYPES = click.Choice(["bfloat16", "float16", "float32", "bf16", "fp16", "fp32"])
 hf_model_option = click.option(
-    "--hf-model", "--hf-model-id", metavar="DIR|ID", help="Hugging Face folder or hub id."
+    "--hf-model",
+    "--hf-model-id",
+    type=Checkpoint(),
+    metavar="DIR|ID",
+    help="Hugging Face folder or hub id.",
 )
 revision_option = click.option(
     "--hf-revision", metavar="REV", help="Branch, tag or commit of a hub id."
@@ -81,6 +97,7 @@ export_dtype_option = click.option(
 )
 scales_option = click.option(
     "--scales-from",
+    type=Checkpoint(),
     metavar="DIR|ID",
     help="Checkpoint with the scales the weights once had; those that the import kept, if left out.",
 )

@@ -345,6 +345,8 @@ def make_plan(
         steps = [encoding.encoded(step, fitter.problems) for step in steps]
     if fitter.problems:
         raise PlanError(where, fitter.problems)
+    if encoding and (unfit := encoding.unfit_hints(steps)):
+        raise PlanError(encoding.hints_of, unfit)
     return ConversionPlan(
         direction,
         family.name,

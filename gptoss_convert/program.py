@@ -6,6 +6,7 @@ Results go to stdout, everything else to stderr. Nothing here imports torch befo
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import json
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from gptoss_convert.errors import ConvertError, PluginError
+from gptoss_convert.errors import ConvertError, PluginError, ResourceError
 from gptoss_convert.registry import Registry
 
 if TYPE_CHECKING:
@@ -92,6 +93,9 @@ def _fail(error: Exception) -> NoReturn:
         traceback.print_exception(error)
     if isinstance(error, ConvertError):
         text, code = str(error), error.exit_code
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f"{error.filename}: " if error.filename else ""
+        text, code = f"{where}the disk is full; make room and try again", ResourceError.exit_code
     elif isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         text, code = f"{where}{error.strerror or error}; check the path and its permissions", 1
@@ -136,9 +140,21 @@ def choice_of(
     """What a command's options decide about plugins; takes all its options."""
     from gptoss_convert.opening import Choice
 
-    named = {"backend": codec_backend, "rule": scale_rule, "on_nonfinite": on_nonfinite}
-    options = {name: value for name, value in named.items() if value is not None}
-    return Choice(model, codec, format_, {**options, **dict(codec_option)})
+    said = [
+        ("--codec-backend", "backend", codec_backend),
+        ("--scale-rule", "rule", scale_rule),
+        ("--on-nonfinite", "on_nonfinite", on_nonfinite),
+        *(("--codec-option", name, value) for name, value in codec_option),
+    ]
+    options: dict[str, tuple[str, str]] = {}
+    for flag, name, value in said:
+        if value is None:
+            continue
+        text = f"{flag} {name}={value}" if flag == "--codec-option" else f"{flag} {value}"
+        before, other = options.setdefault(name, (value, text))
+        if before != value:
+            raise click.UsageError(f"{other} and {text} contradict each other; say one of them")
+    return Choice(model, codec, format_, {name: value for name, (value, _) in options.items()})
 
 
 def layout_of(**options: Any) -> Layout:
@@ -146,6 +162,12 @@ def layout_of(**options: Any) -> Layout:
     from gptoss_convert.layout import Layout
 
     return Layout(**{f.name: options[f.name] for f in fields(Layout)})
+
+
+def given(ctx: click.Context) -> set[str]:
+    """The names of the parameters that stand on the command line."""
+    source = click.core.ParameterSource.COMMANDLINE
+    return {name for name in ctx.params if ctx.get_parameter_source(name) == source}
 
 
 def required(value: Any, flag: str) -> Any:

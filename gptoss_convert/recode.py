@@ -25,6 +25,7 @@ def prepare_quantize(
     registry: Registry | None = None,
     choice: Choice | None = None,
     revision: str | None = None,
+    headers_only: bool = False,
 ) -> Conversion:
     """Plan writing a checkpoint in a codec's form; everything else is written as BF16.
 
@@ -35,13 +36,21 @@ def prepare_quantize(
         registry: the plugins; the installed ones by default.
         choice: decides where several plugins would do, and sets options of the codec.
         revision: of a hub id.
+        headers_only: only look at the plan; shards may hold no data yet.
 
     Raises:
         ConvertError: everything that does not fit, at once.
 
     """
     registry, choice = registry or default_registry(), choice or Choice()
-    source = open_source(hf_model, "hf", registry=registry, choice=choice, revision=revision)
+    source = open_source(
+        hf_model,
+        "hf",
+        registry=registry,
+        choice=choice,
+        revision=revision,
+        headers_only=headers_only,
+    )
     config = own_config(source)
     writing = writing_codecs(registry)
     target = writing.get(codec)
@@ -74,6 +83,7 @@ def prepare_dequantize(
     registry: Registry | None = None,
     choice: Choice | None = None,
     revision: str | None = None,
+    headers_only: bool = False,
 ) -> Conversion:
     """Plan writing a quantized checkpoint in full, by default in the type of its other tensors.
 
@@ -83,13 +93,21 @@ def prepare_dequantize(
         registry: the plugins; the installed ones by default.
         choice: decides where several plugins would do, and sets options of the codec.
         revision: of a hub id.
+        headers_only: only look at the plan; shards may hold no data yet.
 
     Raises:
         ConvertError: everything that does not fit, at once.
 
     """
     registry, choice = registry or default_registry(), choice or Choice()
-    source = open_source(hf_model, "hf", registry=registry, choice=choice, revision=revision)
+    source = open_source(
+        hf_model,
+        "hf",
+        registry=registry,
+        choice=choice,
+        revision=revision,
+        headers_only=headers_only,
+    )
     config = own_config(source)
     codec = source_codec(config, registry, choice)
     if codec is None:

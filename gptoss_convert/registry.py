@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
 import os
@@ -152,6 +153,13 @@ class Registry:
             found[name] = offer
         return {name: offer.record for name, offer in found.items()}
 
+    def names(self, kind: str) -> list[str]:
+        """What is on offer of a kind, as far as it can be told where plugins are at odds."""
+        found = set()
+        with contextlib.suppress(PluginError):
+            found |= {str(getattr(offer.record, "name", "?")) for offer in self._offers(kind)}
+        return sorted(found)
+
     def _origin(self, offer: _Offer) -> str:
         info = next(p for p in self.plugins if p.name == offer.plugin and not p.error)
         return f"plugin {info.name!r} of {info.distribution} {info.version}"
@@ -222,7 +230,14 @@ class Registry:
         if name is None and not declared:
             return None
         what = f"the quantization {declared!r}"
-        return self._choose("codecs", self.codecs(), lambda c: c.matches(config), name, what)
+        found = self._choose("codecs", self.codecs(), lambda c: c.matches(config), name, what)
+        fitting = [other for other, codec in self.codecs().items() if codec.matches(config)]
+        if fitting and found.name not in fitting:
+            raise ConfigError(
+                f"--codec {found.name}: config.json declares {what}, which is "
+                f"{_names(fitting)}; leave --codec out"
+            )
+        return found
 
     def _choose(
         self,

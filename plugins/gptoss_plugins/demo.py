@@ -13,9 +13,11 @@ from gptoss_convert import ConvertError, hookimpl
 from gptoss_convert.errors import MismatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
     from torch import Tensor
+
+    from gptoss_convert.registry import Registry
 
 # All sizes differ, so that nothing can be transposed or exchanged unseen.
 CONFIG: dict[str, Any] = {
@@ -64,6 +66,7 @@ CONFIG: dict[str, Any] = {
     "vocab_size": 1088,
 }
 _GENERATION = {"bos_token_id": 998, "do_sample": True, "eos_token_id": [1002, 999]}
+MARK = ".gptoss-demo"  # the file that says that a folder is a demo's
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -82,32 +85,66 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
     show_default=True,
     help="Of the random weights.",
 )
+@click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout.")
 @click.option("--debug", is_flag=True, help="Show where an error comes from.")
 @click.pass_context
-def demo(ctx: click.Context, output: Path, seed: int, debug: bool) -> None:
+def demo(ctx: click.Context, output: Path, seed: int, as_json: bool, debug: bool) -> None:
     """Make a small GPT-OSS checkpoint, import it, export it, compare every tensor."""
+    from gptoss_convert.program import echo_json, registry_of
+
+    before = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if before and MARK not in before:
+        raise ConvertError(f"{output}: is not empty, and no demo's; choose another --output")
+    registry, new = registry_of(ctx), not output.exists()
+    try:
+        facts = _show(output, seed, registry, (lambda _: None) if as_json else click.echo)
+    except BaseException:
+        _clean_up(output, before - {"openai"}, new=new)
+        raise
+    if as_json:
+        echo_json(facts)
+
+
+def _show(
+    output: Path, seed: int, registry: Registry, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """All of it; what came of it as plain values (docs/json.md)."""
     from gptoss_convert.convert import export_checkpoint, import_checkpoint
-    from gptoss_convert.program import registry_of
 
     openai, megatron, exported = (output / n for n in ("openai", "megatron", "huggingface"))
-    marker = output / ".gptoss-demo"
-    if output.is_dir() and any(output.iterdir()) and not marker.exists():
-        raise ConvertError(f"{output}: is not empty, and no demo's; choose another --output")
     output.mkdir(parents=True, exist_ok=True)
-    marker.touch()
-    registry = registry_of(ctx)
+    (output / MARK).touch()
     tensors = make_checkpoint(openai, seed)
-    click.echo(f"1. made      {openai}: {len(tensors)} tensors, experts in MXFP4, seed {seed}")
+    say(f"1. made      {openai}: {len(tensors)} tensors, experts in MXFP4, seed {seed}")
     done = import_checkpoint(openai, megatron, registry=registry, overwrite=True)
-    click.echo(
+    say(
         f"2. imported  {megatron}: torch_dist in BF16, {done.plan.parameters:,} parameters, "
         f"{done.seconds:.1f} s"
     )
     back = export_checkpoint(megatron, exported, registry=registry, overwrite=True)
-    click.echo(f"3. exported  {exported}: safetensors in BF16, {back.seconds:.1f} s")
+    say(f"3. exported  {exported}: safetensors in BF16, {back.seconds:.1f} s")
     count = compare(tensors, exported)
-    click.echo(f"4. compared  {count} of {count} tensors are equal, bit for bit")
-    click.echo(f"Look at them: gptoss-convert inspect {megatron}")
+    say(f"4. compared  {count} of {count} tensors are equal, bit for bit")
+    say(f"Look at them: gptoss-convert inspect {megatron}")
+    return {
+        "schema": "gptoss-convert.demo/1",
+        "openai": str(openai),
+        "megatron": str(megatron),
+        "huggingface": str(exported),
+        "seed": seed,
+        "parameters": done.plan.parameters,
+        "tensors": count,
+        "seconds": round(done.seconds + back.seconds, 3),
+    }
+
+
+def _clean_up(output: Path, keep: Collection[str], *, new: bool) -> None:
+    """Remove what a demo that failed has left, but for what was whole before it."""
+    for path in output.iterdir() if output.is_dir() else ():
+        if path.name not in keep:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if new and output.is_dir():
+        output.rmdir()
 
 
 def make_checkpoint(folder: Path, seed: int) -> dict[str, Tensor]:

@@ -132,15 +132,21 @@ def _disagreements(weight_map: Mapping[str, str], shards: Iterable[Shard]) -> It
         yield f"{name}: is not in {weight_map[name]}, where {INDEX} places it; fetch both again"
 
 
-def read_header(path: Path) -> Shard:
-    """Read and check one file's header; the data need not be there yet."""
+def read_header(path: Path, remedy: str = "fetch it again") -> Shard:
+    """Read and check one file's header; the data need not be there yet.
+
+    Args:
+        path: the file.
+        remedy: what to do if it is damaged, for the message.
+
+    """
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _LONGEST_HEADER):
                 raise CheckpointError(
-                    f"{path}: is cut short or no safetensors file ({size} bytes); fetch it again"
+                    f"{path}: is cut short or no safetensors file ({size} bytes); {remedy}"
                 )
             header = file.read(length)
     except OSError as error:
@@ -155,7 +161,7 @@ def read_header(path: Path) -> Shard:
         entries = {n: _entry(path.name, 8 + length, n, facts) for n, facts in table.items()}
         end = _require_gapless(entries, 8 + length)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its header is damaged ({error}); fetch it again") from None
+        raise CheckpointError(f"{path}: its header is damaged ({error}); {remedy}") from None
     return Shard(path.name, end, header, entries)
 
 

@@ -45,8 +45,14 @@ def identity(stat: os.stat_result) -> tuple[int, ...]:
 
 
 class SafetensorsSource:
-    """Tensors in safetensors files of one folder. Only headers are read until one is asked for."""
+    """Tensors in safetensors files of one folder. Only headers are read until one is asked for.
 
+    Attributes:
+        remedy: what to do if a file is damaged, for the message.
+
+    """
+
+    remedy = "fetch it again"
     config: Config | None = None
     megatron_config: Config | None = None
     files: Mapping[str, Path] = MappingProxyType({})
@@ -79,7 +85,7 @@ class SafetensorsSource:
                 what = "is cut short" if size < shard.nbytes else "has bytes its header omits"
                 problems.append(
                     f"{shard.file}: {what} ({human(size)}, {size} bytes, where its header promises "
-                    f"{shard.nbytes}); fetch it again"
+                    f"{shard.nbytes}); {self.remedy}"
                 )
         if problems:
             raise PlanError(str(self.path), problems)

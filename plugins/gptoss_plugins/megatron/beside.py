@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 from gptoss_convert.blockio import write_file
 from gptoss_convert.filecopy import FileCopy
 from gptoss_convert.plan import Group
+from gptoss_plugins.huggingface.headers import read_header
 from gptoss_plugins.huggingface.sink import open_shard, shard_header
+from gptoss_plugins.huggingface.source import SafetensorsSource
 from gptoss_plugins.megatron.folder import QUANTIZATION, companion_place
 
 if TYPE_CHECKING:
@@ -55,3 +57,20 @@ class Beside:
         """The small files."""
         for name, path in self._plan.files.items():
             write_file(self._folder / companion_place(name), path.read_bytes())
+
+
+class Kept(SafetensorsSource):
+    """What an import kept of a quantized source; an export does without, if it must."""
+
+    remedy = "name the checkpoint it came from with --scales-from, or remove it for new scales"
+
+
+def kept(iteration: Path, codec: str) -> Kept | None:
+    """The parts kept for a codec, if there are any.
+
+    Raises:
+        CheckpointError: the file is damaged.
+
+    """
+    file = iteration / QUANTIZATION / f"{codec}.safetensors"
+    return Kept(file.parent, [read_header(file, Kept.remedy)]) if file.is_file() else None

@@ -14,9 +14,10 @@ from gptoss_convert.dtypes import itemsize, torch_dtype
 from gptoss_convert.errors import CheckpointError, PlanError
 from gptoss_convert.scratch import Scratch
 from gptoss_convert.types import Config, TensorSource, TensorSpec, TrainingState
-from gptoss_plugins.huggingface.headers import read_header, read_json
-from gptoss_plugins.huggingface.source import SafetensorsSource, identity
+from gptoss_plugins.huggingface.headers import read_json
+from gptoss_plugins.huggingface.source import identity
 from gptoss_plugins.megatron import metadata, sidecars
+from gptoss_plugins.megatron.beside import kept
 from gptoss_plugins.megatron.folder import (
     MARK,
     METADATA,
@@ -106,8 +107,7 @@ class TorchDistSource:
 
     def hints(self, codec: str) -> TensorSource | None:
         """Parts of the quantized checkpoint this was imported from, if the import kept them."""
-        file = self.iteration / QUANTIZATION / f"{codec}.safetensors"
-        return SafetensorsSource(file.parent, [read_header(file)]) if file.is_file() else None
+        return kept(self.iteration, codec)
 
     @property
     def config(self) -> Config | None:
