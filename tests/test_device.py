@@ -15,6 +15,7 @@ from gptoss_convert.convert import Conversion, prepare_export, prepare_import
 from gptoss_convert.device import Device, working_on
 from gptoss_convert.errors import UsageError
 from gptoss_convert.layout import Layout
+from gptoss_convert.loss import Loss
 from gptoss_convert.opening import Choice
 from gptoss_convert.recode import prepare_dequantize, prepare_quantize
 from gptoss_convert.reshard import prepare_reshard
@@ -49,7 +50,14 @@ def check(
                 patch.setattr("gptoss_convert.conversion.working_on", _elsewhere)
             other = conversion.run(tmp_path / f"{name} there", device=device)
         assert tree(tmp_path / f"{name} there") == tree(tmp_path / name), name
-        assert other.losses == one.losses
+        assert other.losses.keys() == one.losses.keys()
+        for tensor, loss in one.losses.items():
+            assert _numbers(other.losses[tensor]) == pytest.approx(_numbers(loss), rel=1e-5), tensor
+
+
+def _numbers(loss: Loss) -> list[float]:
+    """What it says; sums depend on the order in which a device adds."""
+    return [float(v or 0) for v in loss.to_json().values() if not isinstance(v, str)]
 
 
 @contextmanager

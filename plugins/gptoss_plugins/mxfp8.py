@@ -16,6 +16,7 @@ from gptoss_convert.errors import EncodeError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    import torch
     from torch import Tensor
 
     from gptoss_convert.types import Config
@@ -74,7 +75,7 @@ def decode(parts: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
 
     elements, scales = parts
     if out is None:
-        out = torch.empty(elements.numel(), dtype=torch.bfloat16)
+        out = elements.new_empty(elements.numel(), dtype=torch.bfloat16)
     natural = out.view(elements.shape)
     for place in pieces(elements):
         blocks = elements[place].unflatten(-1, (-1, BLOCK))
@@ -106,8 +107,8 @@ def encode(
     shared = (*natural.shape[:-1], natural.shape[-1] // BLOCK)
     if out is None:
         rows = (len(tensor), natural.shape[1:-1].numel())
-        elements = torch.empty((*rows, natural.shape[-1]), dtype=torch.float8_e4m3fn)
-        out = elements, torch.empty((*rows, shared[-1]), dtype=torch.uint8)
+        elements = tensor.new_empty((*rows, natural.shape[-1]), dtype=torch.float8_e4m3fn)
+        out = elements, tensor.new_empty((*rows, shared[-1]), dtype=torch.uint8)
     elements, scales = out[0].view(natural.shape), out[1].view(shared)
     for place in pieces(natural):
         blocks = natural[place].float().contiguous().unflatten(-1, (-1, BLOCK))
@@ -141,20 +142,21 @@ def divided(blocks: Tensor, scale: Tensor) -> Tensor:
     """Float32 [..., 32] -> E4M3, to nearest even; NaN where too large."""
     import torch
 
-    return (blocks / powers()[scale.long()][..., None]).to(torch.float8_e4m3fn)
+    return (blocks / powers(scale.device)[scale.long()][..., None]).to(torch.float8_e4m3fn)
 
 
 def multiplied(elements: Tensor, scale: Tensor) -> Tensor:
     """E4M3 [..., 32] -> float32, which holds every finite product exactly."""
-    return elements.float() * powers()[scale.long()][..., None]
+    return elements.float() * powers(scale.device)[scale.long()][..., None]
 
 
 @cache
-def powers() -> Tensor:
+def powers(device: torch.device) -> Tensor:
     """What the 256 scale bytes stand for; ``torch.pow`` need not be exact."""
     import torch
 
-    return torch.tensor([2.0 ** (byte - 127) for byte in range(255)] + [torch.nan])
+    values = [2.0 ** (byte - 127) for byte in range(255)]
+    return torch.tensor([*values, torch.nan], device=device)
 
 
 def pieces(tensor: Tensor) -> Iterator[tuple[int, slice]]:

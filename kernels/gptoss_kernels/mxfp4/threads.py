@@ -31,8 +31,12 @@ def spread(work: Callable[[Job], Result], jobs: Sequence[Job]) -> list[Result]:
     if count <= 1:
         return [work(job) for job in jobs]
 
+    # Work on a GPU goes to the caller's stream from every thread, or it would not wait for its input.
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+
     def some(first: int) -> list[Result]:
-        return [work(job) for job in jobs[first::count]]
+        with torch.cuda.stream(stream):
+            return [work(job) for job in jobs[first::count]]
 
     with _creating:
         pool = _pool(torch.get_num_threads())
