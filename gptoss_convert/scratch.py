@@ -39,7 +39,9 @@ def page_aligned(nbytes: int) -> Tensor:
 
     if _pinning:
         return torch.empty(max(round_up(nbytes), PAGE), dtype=torch.uint8, pin_memory=True)
-    pages = mmap.mmap(-1, max(round_up(nbytes), PAGE))
+    private = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
+    # the default is shared memory, which gets no huge pages
+    pages = mmap.mmap(-1, max(round_up(nbytes), PAGE), flags=private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages only costs speed
             pages.madvise(mmap.MADV_HUGEPAGE)
@@ -60,7 +62,8 @@ class Scratch:
         self._allocate = allocate
         self._blocks: list[Tensor] = []
         self._used = 0
-        self._demand = 0  # bytes taken since the last reset
+        self._demand = 0  # bytes taken and not given back
+        self._most = 0  # the most of that since the last reset
 
     def take(self, nbytes: int) -> Tensor:
         """A uint8 tensor of ``nbytes`` bytes that starts on a page; its content is undefined."""
@@ -72,24 +75,28 @@ class Scratch:
         start = self._used
         self._used = round_up(start + nbytes)
         self._demand += self._used - start
+        self._most = max(self._most, self._demand)
         return self._blocks[-1][start : start + nbytes]
 
     def copy(self, tensor: Tensor) -> Tensor:
         """The tensor's bytes (flat uint8) in new memory that starts on a page."""
         return self.take(tensor.numel()).copy_(tensor)
 
-    def mark(self) -> tuple[int, int]:
+    def mark(self) -> tuple[int, int, int]:
         """A point to ``release`` to."""
-        return len(self._blocks), self._used
+        return len(self._blocks), self._used, self._demand
 
-    def release(self, mark: tuple[int, int]) -> None:
-        """Give back what was taken since ``mark``, unless new memory had to be added for it."""
-        if len(self._blocks) == mark[0]:
-            self._used = mark[1]
+    def release(self, mark: tuple[int, int, int]) -> None:
+        """Give back what was taken since ``mark``; of memory added for it, the last block."""
+        blocks, used, demand = mark
+        if len(self._blocks) > blocks + 1:
+            return
+        self._used = used if len(self._blocks) == blocks else 0
+        self._demand = demand
 
     def reset(self) -> None:
         """Make all memory available again, in one block from the second time on."""
         if len(self._blocks) > 1:
             self._blocks = []
-            self._blocks = [self._allocate(self._demand)]
-        self._used = self._demand = 0
+            self._blocks = [self._allocate(self._most)]
+        self._used = self._demand = self._most = 0

@@ -39,14 +39,15 @@ class _Words(NamedTuple):
 
 
 def copy(target: Tensor, source: Tensor) -> None:
-    """``target.copy_(source)``, for a contiguous target of the source's shape and dtype.
+    """``target.copy_(source)``, for a target of the source's shape and dtype.
 
-    Fast where elements have two bytes and those of a column of the source, ``source[:, a]`` or
-    ``source[:, a, b]``, stand side by side in memory, or with one between them.
+    Fast where the target is contiguous, elements have two bytes, and those of a column of the
+    source, ``source[:, a]`` or ``source[:, a, b]``, stand side by side in memory, or with one
+    between them.
     """
     if source.device.type != "cpu":
         target.copy_(source)
-    elif source.numel() < _LEAST or source.itemsize != 2:
+    elif source.numel() < _LEAST or source.itemsize != 2 or not target.is_contiguous():
         _plain(target, source)
     elif source.dim() > 2 and source.stride(0) > 2:
         for to, part in zip(target.unbind(0), source.unbind(0), strict=True):

@@ -134,6 +134,27 @@ def test_scratch_mark_and_release() -> None:
     assert kept.unique().tolist() == [7]
 
 
+def test_scratch_grows_to_what_was_held_at_once() -> None:
+    sizes = []
+
+    def allocate(nbytes: int) -> torch.Tensor:
+        sizes.append(nbytes)
+        return torch.zeros(nbytes, dtype=torch.uint8)
+
+    scratch = Scratch(allocate)
+    kept = scratch.take(4 * PAGE).fill_(7)
+    mark = scratch.mark()
+    for _ in range(3):
+        scratch.take(2 * PAGE).fill_(9)
+        scratch.release(mark)
+    assert kept.unique().tolist() == [7]
+    scratch.reset()
+    assert sizes == [4 * PAGE, 2 * PAGE, 6 * PAGE]
+    scratch.take(9 * PAGE)  # instead of the block that is not in use
+    scratch.reset()
+    assert sizes[3:] == [9 * PAGE]
+
+
 def test_a_writer_that_dies_is_never_taken_for_one_that_wrote(tmp_path, monkeypatch) -> None:
     """Whatever the thread fails with: no file of zeros, no wait for ever."""
 

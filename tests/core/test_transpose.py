@@ -57,6 +57,14 @@ def test_leading_dims_and_what_the_experts_look_like() -> None:
     check(weights.view(3, 20, 16).transpose(1, 2))
 
 
+def test_a_target_with_gaps() -> None:
+    source, room = noise(24 * 40).view(40, 24).T, torch.zeros(24, 50, dtype=torch.int16)
+    transpose.copy(room[:, 5:45], source)
+    assert room[:, 5:45].tolist() == source.tolist()
+    assert not room[:, :5].any()
+    assert not room[:, 45:].any()
+
+
 @pytest.mark.parametrize("count", [3, 17, 40])
 def test_fast_path_is_taken(monkeypatch, count: int) -> None:
     """Only the rows before the first word and after the last are copied plainly."""

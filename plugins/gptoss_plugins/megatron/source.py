@@ -13,6 +13,7 @@ from gptoss_convert.blockio import BlockReader
 from gptoss_convert.dtypes import itemsize, torch_dtype
 from gptoss_convert.errors import CheckpointError, PlanError
 from gptoss_convert.scratch import Scratch
+from gptoss_convert.transpose import copy
 from gptoss_convert.types import Config, TensorSource, TensorSpec, TrainingState
 from gptoss_plugins.huggingface.headers import read_json
 from gptoss_plugins.huggingface.source import identity
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from gptoss_convert.layout import Parameter
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
+_COPIED = 4 << 20  # bytes that are read before they are put in place
 
 
 class TorchDistSource:
@@ -201,12 +203,13 @@ class TorchDistSource:
             scratch.take(math.prod(box[1]) * itemsize(tensor.spec.dtype)).view(dtype).view(box[1])
         )
         mark = scratch.mark()
-        for chunk, common in parts:
-            target = whole
-            for axis, (start, size) in enumerate(zip(*common, strict=True)):
-                target = target.narrow(axis, start - box[0][axis], size)
-            target.copy_(self._read_common(key, chunk, common, scratch))
-            scratch.release(mark)
+        for chunk, part in parts:
+            for common in _runs(part, itemsize(tensor.spec.dtype)):
+                target = whole
+                for axis, (start, size) in enumerate(zip(*common, strict=True)):
+                    target = target.narrow(axis, start - box[0][axis], size)
+                copy(target, self._read_common(key, chunk, common, scratch))
+                scratch.release(mark)
         return whole
 
     def _index(self, key: str) -> _Index:
@@ -269,6 +272,23 @@ def _overlaps(
         ]
         if all(h > lo for h, lo in zip(high, low, strict=True)):
             yield chunk, (tuple(low), tuple(h - lo for h, lo in zip(high, low, strict=True)))
+
+
+def _runs(box: Box, width: int) -> Iterator[Box]:
+    """The box cut along its first axis that has a length, into runs of at most ``_COPIED`` bytes."""
+    offsets, sizes = box
+    axis = next((a for a, size in enumerate(sizes) if size > 1), None)
+    if axis is None:
+        yield box
+        return
+    before, after = slice(0, axis), slice(axis + 1, None)
+    step = max(1, _COPIED // (width * math.prod(sizes[after])))
+    for start in range(0, sizes[axis], step):
+        count = min(step, sizes[axis] - start)
+        yield (
+            (*offsets[before], offsets[axis] + start, *offsets[after]),
+            (*sizes[before], count, *sizes[after]),
+        )
 
 
 def _parameters(
