@@ -145,12 +145,12 @@ def prepare_export(
     if source.config is None and reference is not None:
         config, files = own_config(reference), reference.files
     else:
+        config, files = config_of(source, registry, choice), source.files
         if source.config is None:
             log.warning(
                 "config.json is made from Megatron's fields, and lacks what Megatron does not know, "
                 "such as special tokens; name the model with --hf-model to carry that too"
             )
-        config, files = config_of(source, registry, choice), source.files
         if reference is not None:
             _require_same_model(config, own_config(reference), registry, choice, hf_model)
     codec, dtype = target_form(export_dtype, registry)

@@ -219,8 +219,8 @@ def test_files_and_arguments(written: dict[str, Path]) -> None:
     }
     args = vars(state["args"])
     assert {name: args[name] for name in wanted} == wanted
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        again = torch.load(files_of(folder)["mp_rank_01_001_003"], weights_only=True)
+    torch.serialization.add_safe_globals([argparse.Namespace])  # as megatron-core does
+    again = torch.load(files_of(folder)["mp_rank_01_001_003"], weights_only=True)
     assert vars(again["args"]) == args
     mapped = torch.load(files_of(folder)["mp_rank_01_001_003"], weights_only=False, mmap=True)
     for number in ("model0", "model1"):

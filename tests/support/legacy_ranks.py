@@ -136,8 +136,8 @@ def loaded(folder: Path, whole: dict[str, Tensor], kind: str, layout: Layout) ->
     """Load this rank's file strictly; the parameters that are not what they have to be."""
     path = name_of_file(folder, 0)
     state = torch.load(path, weights_only=False)
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        torch.load(path, weights_only=True)
+    torch.serialization.add_safe_globals([argparse.Namespace])  # as megatron-core does
+    torch.load(path, weights_only=True)
     wrong = []
     assert state["checkpoint_version"] == 3.0
     assert state["args"].tensor_model_parallel_size == layout.tp
