@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from gptoss_convert.scratch import Scratch
 
-SLOT = 4 << 20  # larger ones are no faster
+SLOT = 2 << 20  # larger ones are no faster
 SLOTS = 3
 WRITER_BYTES = SLOT * SLOTS
 _DIRECT = getattr(os, "O_DIRECT", 0)

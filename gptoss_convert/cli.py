@@ -22,6 +22,7 @@ from gptoss_convert.options import (
     keep_scales_option,
     layout_options,
     megatron_option,
+    output_option,
     revision_option,
     run_options,
     scales_option,
@@ -170,10 +171,12 @@ def export(
 @revision_option
 @megatron_option
 @hf_path_option
+@output_option
 @torch_dtype_option
 @export_dtype_option
 @scales_option
 @keep_scales_option
+@layout_options
 @decode_options
 @encode_options
 @click.option("--workers", type=click.IntRange(1), help="Layers written side by side.")
@@ -187,10 +190,12 @@ def plan(
     hf_revision: str | None,
     megatron_path: Path | None,
     hf_path: Path | None,
+    output: Path | None,
     torch_dtype: str | None,
     export_dtype: str | None,
     scales_from: str | None,
     keep_scales: bool,
+    dialect: str | None,
     workers: int | None,
     max_memory: int,
     as_json: bool,
@@ -200,7 +205,7 @@ def plan(
 
     Reads headers only. With --hf-model an import (to --megatron-path, if given); with --hf-path as
     well, quantizing to --export-dtype, or dequantizing without it; without --hf-model, or with all
-    three, an export.
+    three, an export; with --megatron-path and --output resharding.
     """
     from gptoss_convert.planning import prepare_plan
     from gptoss_convert.report import describe_plan, print_plan
@@ -211,10 +216,13 @@ def plan(
         hf_model,
         megatron_path,
         hf_path,
+        output,
         torch_dtype=torch_dtype,
         export_dtype=export_dtype,
         scales_from=scales_from,
         keep_scales=keep_scales,
+        layout=layout_of(**rest),
+        dialect=dialect,
         given=given(ctx),
         registry=registry_of(ctx),
         choice=choice_of(**rest),

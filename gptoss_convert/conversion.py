@@ -54,6 +54,7 @@ class Result:
 
     plan: ConversionPlan = field(repr=False)
     target: Path
+    bytes_out: int
     seconds: float
     resumed: bool
     losses: Mapping[str, Loss] = field(default_factory=dict, repr=False)
@@ -69,7 +70,7 @@ class Result:
             "target": str(self.target),
             "parameters": self.plan.parameters,
             "bytes_in": self.plan.bytes_in,
-            "bytes_out": self.plan.bytes_out,
+            "bytes_out": self.bytes_out,
             "seconds": round(self.seconds, 3),
             "resumed": self.resumed,
             "encoding": self._encoding() if self.losses else None,
@@ -105,6 +106,11 @@ class Conversion:
     registry: Registry
     reference: Path | None = None
     hints: TensorSource | None = None
+
+    @property
+    def bytes_out(self) -> int:
+        """Bytes of tensors that will be written, as often as they are, without framing."""
+        return sum(group.nbytes for group in self.sink(Path()).groups)
 
     def sink(self, folder: Path) -> TensorSink:
         """The sink that would write to ``folder``; touches no disk."""
@@ -151,7 +157,7 @@ class Conversion:
         )
         if staging.is_finished:
             log.info("%s: is finished already", staging.target)
-            return Result(self.plan, staging.target, 0.0, resumed=True, finished=False)
+            return Result(self.plan, staging.target, 0, 0.0, resumed=True, finished=False)
         staging.recover()
         staging.check_target()
         sink = self.sink(staging.folder)
@@ -191,7 +197,8 @@ class Conversion:
         staging.release()
         seconds = time.monotonic() - started
         losses = executor.losses
-        return Result(self.plan, staging.target, seconds, resumed, losses, finished, device)
+        made = sum(group.nbytes for group in sink.groups)
+        return Result(self.plan, staging.target, made, seconds, resumed, losses, finished, device)
 
     def obstacles(self, target: Path | None, budget: Budget) -> list[str]:
         """Why it would not run with that target and budget, a sentence each; changes nothing."""

@@ -84,6 +84,7 @@ megatron_option = click.option(
     help="Megatron checkpoint: root or iter_* folder.",
 )
 hf_path_option = click.option("--hf-path", type=Folder(), help="Hugging Face folder to write.")
+output_option = click.option("--output", type=Folder(), help="Megatron folder that reshard writes.")
 torch_dtype_option = click.option(
     "--torch-dtype",
     type=DTYPES,

@@ -197,7 +197,8 @@ def run_conversion(
     _import_torch()
     crew = current_crew()
     show = not no_progress and crew.rank == 0
-    with reporting(conversion.plan, show=show, processes=crew.size) as progress:
+    share = conversion.bytes_out // crew.size
+    with reporting(conversion.plan.direction, share, show=show) as progress:
         result = conversion.run(
             target,
             workers=workers,

@@ -15,26 +15,25 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from gptoss_convert.execute import Progress
-    from gptoss_convert.plan import ConversionPlan
 
 log = logging.getLogger("gptoss_convert")
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextlib.contextmanager
-def reporting(plan: ConversionPlan, *, show: bool, processes: int = 1) -> Iterator[Progress]:
-    """A callback that takes the bytes just finished, from any thread, as one of so many processes."""
+def reporting(what: str, total: int, *, show: bool) -> Iterator[Progress]:
+    """A callback that takes the bytes just finished, of ``total``, from any thread."""
     if not show:
         yield lambda nbytes: None
     elif sys.stderr.isatty():
-        with _bar(plan, processes) as progress:
+        with _bar(what, total) as progress:
             yield progress
     else:
-        yield _Lines(plan, processes).advance
+        yield _Lines(what, total).advance
 
 
 @contextlib.contextmanager
-def _bar(plan: ConversionPlan, processes: int) -> Iterator[Progress]:
+def _bar(what: str, total: int) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -53,16 +52,15 @@ def _bar(plan: ConversionPlan, processes: int) -> Iterator[Progress]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(plan.direction, total=plan.bytes_out // processes)
+        task = bar.add_task(what, total=total)
         yield lambda nbytes: bar.advance(task, nbytes)
 
 
 class _Lines:
     """A log line every ten seconds; short work says nothing."""
 
-    def __init__(self, plan: ConversionPlan, processes: int) -> None:
-        self._what, self._done = plan.direction, 0
-        self._total = plan.bytes_out // processes
+    def __init__(self, what: str, total: int) -> None:
+        self._what, self._total, self._done = what, total, 0
         self._started = self._said = time.monotonic()
         self._lock = threading.Lock()
 

@@ -27,6 +27,7 @@ def describe_plan(
     obstacles = conversion.obstacles(target if target.name else None, budget)
     return {
         **conversion.plan.to_json(),
+        "bytes_out": sum(group.nbytes for group in sink.groups),
         "source": str(conversion.source.path),
         "target": str(target) if target.name else None,
         "target_format": conversion.target_format.name,
@@ -103,7 +104,7 @@ def print_result(result: Result) -> None:
     plan = result.plan
     click.echo(
         f"{plan.direction.removesuffix('e')}ed {plan.family}: {plan.parameters:,} parameters, "
-        f"{human(plan.bytes_in)} read, {human(plan.bytes_out)} written in {result.seconds:.1f} s "
+        f"{human(plan.bytes_in)} read, {human(result.bytes_out)} written in {result.seconds:.1f} s "
         f"to {result.target}"
     )
     if result.losses:

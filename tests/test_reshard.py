@@ -94,3 +94,22 @@ def test_what_is_missing(imported: Path, tmp_path: Path, invoke: Any) -> None:
     done = invoke("reshard", "--megatron-path", imported, "--output", inside)
     assert "lies in it" in done.stderr
     assert not inside.exists()
+
+
+def test_plan_counts_every_copy(imported: Path, tmp_path: Path, invoke: Any) -> None:
+    words = ("--megatron-path", imported, "--output", tmp_path / "out", "--format", "torch")
+    one = json.loads(invoke("plan", *words, "--json").stdout)
+    many = json.loads(invoke("plan", *words, "--tp", 2, "--ep", 5, "--json").stdout)
+    assert (one["direction"], many["layout"]["ep"]) == ("reshard", 5)
+    done = invoke("reshard", *words, "--tp", 2, "--ep", 5, "--json")
+    assert json.loads(done.stdout)["bytes_out"] == many["bytes_out"] > one["bytes_out"]
+    files = list((tmp_path / "out").rglob("*.pt"))
+    assert len(files) == 10
+    size = sum(file.stat().st_size for file in files)
+    assert many["bytes_out"] < size < many["disk_needed"]
+
+
+def test_plan_refuses_a_layout_where_none_is_written(imported: Path, invoke: Any) -> None:
+    done = invoke("plan", "--megatron-path", imported, "--pipeline-layers", "1,2")
+    assert done.returncode == 2
+    assert "--pipeline-layers: does not go with export" in done.stderr

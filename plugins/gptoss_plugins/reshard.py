@@ -8,10 +8,10 @@ import click
 
 from gptoss_convert import hookimpl
 from gptoss_convert.options import (
-    Folder,
     common_options,
     layout_options,
     megatron_option,
+    output_option,
     run_options,
     torch_dtype_option,
 )
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @click.command("reshard")
 @megatron_option
-@click.option("--output", type=Folder(), help="Megatron folder to write.")
+@output_option
 @layout_options
 @torch_dtype_option
 @click.option(

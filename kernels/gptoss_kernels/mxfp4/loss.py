@@ -13,7 +13,7 @@ from gptoss_kernels.mxfp4.form import BLOCK, BYTES
 from gptoss_kernels.mxfp4.threads import contiguous, scratch, spread
 from gptoss_kernels.mxfp4.views import chunks, four_dims
 
-_CHUNK = {"cpu": 1 << 14, "cuda": 1 << 22}  # blocks at a time; on the CPU results stay in the cache
+_CHUNK = {"cpu": 1 << 13, "cuda": 1 << 22}  # blocks at a time; on the CPU results stay in the cache
 
 
 class MXFP4Loss(NamedTuple):
