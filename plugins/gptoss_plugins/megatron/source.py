@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from gptoss_convert.layout import Parameter
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
-_COPIED = 4 << 20  # bytes that are read before they are put in place
+_COPIED = 2 << 20  # bytes that are read before they are put in place
 
 
 class TorchDistSource:
