@@ -155,7 +155,7 @@ class Conversion:
             self._is_checkpoint if overwrite else None,
             shared=not crew.is_alone,
         )
-        if staging.is_finished:
+        if staging.is_finished and self._is_whole(staging.target):
             log.info("%s: is finished already", staging.target)
             return Result(self.plan, staging.target, 0, 0.0, resumed=True, finished=False)
         staging.recover()
@@ -258,8 +258,14 @@ class Conversion:
         staging.publish()
 
     def _is_checkpoint(self, folder: Path) -> bool:
-        """Whether --overwrite may replace a folder; a parent of checkpoints is none."""
-        return any(format_.detect(folder) for format_ in self.registry.formats().values())
+        """Whether --overwrite may replace a folder: by its own kind; a parent of checkpoints is none."""
+        kind = self.registry.formats(self.target_format.side)
+        return any(format_.detect(folder) for format_ in kind.values())
+
+    def _is_whole(self, folder: Path) -> bool:
+        """Whether all files that this conversion makes are in a folder."""
+        sink = self.sink(folder)
+        return all(sink.done(group) for group in sink.groups)
 
     def _key(self) -> str:
         """Stands for all that decides the bytes of the result."""

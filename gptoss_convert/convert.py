@@ -141,18 +141,12 @@ def prepare_export(
             f"is in none; to write in a codec's form say --export-dtype {choice.codec}"
         )
     source = open_source(megatron_path, "megatron", registry=registry, choice=choice)
-    reference = _reference(hf_model, source, registry, revision)
-    if source.config is None and reference is not None:
-        config, files = own_config(reference), reference.files
-    else:
-        config, files = config_of(source, registry, choice), source.files
-        if source.config is None:
-            log.warning(
-                "config.json is made from Megatron's fields, and lacks what Megatron does not know, "
-                "such as special tokens; name the model with --hf-model to carry that too"
-            )
-        if reference is not None:
-            _require_same_model(config, own_config(reference), registry, choice, hf_model)
+    config, files, reference = describe_model(source, hf_model, registry, choice, revision)
+    if source.config is None and reference is None:
+        log.warning(
+            "config.json is made from Megatron's fields, and lacks what Megatron does not know, such as "
+            "special tokens; name the model with --hf-model to carry that too"
+        )
     codec, dtype = target_form(export_dtype, registry)
     conversion = prepare(
         "export",
@@ -166,6 +160,28 @@ def prepare_export(
         scales_from=scales_from,
     )
     return replace(conversion, reference=reference.path if reference else None)
+
+
+def describe_model(
+    source: TensorSource,
+    hf_model: str | Path | None,
+    registry: Registry,
+    choice: Choice,
+    revision: str | None = None,
+) -> tuple[Config, Mapping[str, Path], TensorSource | None]:
+    """Config and companions of a Megatron checkpoint's model, and the reference they come from, if any.
+
+    Raises:
+        CheckpointError: the reference is another model, or nothing tells the config.
+
+    """
+    reference = _reference(hf_model, source, registry, revision)
+    if source.config is None and reference is not None:
+        return own_config(reference), reference.files, reference
+    config = config_of(source, registry, choice)
+    if reference is not None:
+        _require_same_model(config, own_config(reference), registry, choice, hf_model)
+    return config, source.files, reference
 
 
 def target_form(name: str | None, registry: Registry) -> tuple[Codec | None, str | None]:

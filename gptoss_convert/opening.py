@@ -66,6 +66,10 @@ def open_source(
         raise CheckpointError(
             f"{folder}: holds no checkpoint in the format {kinds}; check the path"
         )
+    if not found.detect(folder):
+        raise CheckpointError(
+            f"{folder}: is no {found.name} checkpoint, which --format asks for; leave --format out"
+        )
     return found.open(folder)
 
 

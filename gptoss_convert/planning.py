@@ -22,7 +22,7 @@ _LAYOUT = ("tp", "pp", "vpp", "ep", "etp", "first", "last", "stages", "vocab_mul
 _ENCODING = ("export_dtype", "scales_from", "scale_rule", "on_nonfinite")
 _MEANT = {  # by direction: what says that it is meant, and options it has no use for
     "import": ("--hf-model without --hf-path", _ENCODING),
-    "reshard": ("--output", ("keep_scales", "hf_model", "hf_path", *_ENCODING)),
+    "reshard": ("--output", ("keep_scales", "hf_path", *_ENCODING)),
     "export": (
         "--megatron-path without --hf-model, or with --hf-path",
         ("torch_dtype", "keep_scales", *_LAYOUT),
@@ -121,6 +121,7 @@ def prepare_plan(
             raise UsageError("--output: what is to be written there? name it with --megatron-path")
         resharding = prepare_reshard(
             megatron_path,
+            hf_model=hf_model,
             layout=layout,
             torch_dtype=torch_dtype,
             dialect=dialect,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from gptoss_convert.convert import prepare, target_format
+from gptoss_convert.convert import describe_model, prepare, target_format
 from gptoss_convert.errors import PluginError, UsageError
 from gptoss_convert.layout import Layout
-from gptoss_convert.opening import Choice, config_of, open_source
+from gptoss_convert.opening import Choice, open_source
 from gptoss_convert.plan import Target
 from gptoss_convert.registry import Registry, default_registry
 from gptoss_convert.types import MegatronSource
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 def prepare_reshard(
     megatron_path: str | Path,
     *,
+    hf_model: str | Path | None = None,
     layout: Layout | None = None,
     torch_dtype: str | None = None,
     dialect: str | None = None,
@@ -33,6 +35,7 @@ def prepare_reshard(
 
     Args:
         megatron_path: root or ``iter_*`` folder, of any format.
+        hf_model: a reference, whose config and tokenizer serve where the checkpoint has none.
         layout: the parallel layout to write for, of a format that depends on it.
         torch_dtype: element type to write; None keeps each tensor's own.
         dialect: which of the format's ways to name things.
@@ -45,17 +48,21 @@ def prepare_reshard(
 
     """
     registry, choice = registry or default_registry(), choice or Choice()
+    if choice.format is not None and choice.format not in registry.formats("megatron"):
+        kinds = " or ".join(sorted(registry.formats("megatron")))
+        raise UsageError(f"--format {choice.format}: is no format of Megatron; choose {kinds}")
     source = open_source(megatron_path, "megatron", registry=registry)
     if not isinstance(source, MegatronSource):
         raise PluginError(f"{megatron_path}: its format's source has no arrange(); report it")
-    config = config_of(source, registry, choice)
-    return prepare(
+    config, files, reference = describe_model(source, hf_model, registry, choice)
+    conversion = prepare(
         "reshard",
         source,
         config,
         registry=registry,
         choice=choice,
         dtype=torch_dtype,
+        files=files,
         target=Target(
             layout or Layout(),
             dialect or "",
@@ -64,6 +71,7 @@ def prepare_reshard(
             _state(source, target_format("megatron", registry, choice), dialect, optimizer),
         ),
     )
+    return replace(conversion, reference=reference.path if reference else None)
 
 
 def _state(

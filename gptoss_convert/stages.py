@@ -94,6 +94,8 @@ def _misfit(layout: Layout, layers: int, ends: list[int]) -> str:
     """What a first and a last stage leave to the others, and what would fit."""
     others, rest = layout.pp - len(ends), layers - sum(ends)
     given = [f"{f} {n}" for f, n in ((FIRST, layout.first), (LAST, layout.last)) if n is not None]
+    if rest < 0:
+        return f"{' and '.join(given)}: the model has {layers} layers; {_advice(layout, layers)}"
     return (
         f"{' and '.join(given)}: {rest} of {layers} layers are left to {others} other stages, "
         f"which does not divide{f' with --vpp {layout.vpp}' if layout.vpp > 1 else ''}; "

@@ -188,6 +188,18 @@ def test_a_late_process_finds_it_finished(
         work(originals["bf16"], target, 0, 2)
 
 
+def test_a_damaged_result_is_not_finished(
+    originals: dict[str, Path], alone: Path, tmp_path: Path, tree: Tree
+) -> None:
+    target = tmp_path / "out"
+    for overwrite in (False, True):
+        for rank in range(2):
+            with as_crew(Crew(rank, 2)):
+                prepare_import(originals["mxfp4"]).run(target, overwrite=overwrite)
+        assert tree(target) == tree(alone)
+        next(target.rglob("__1_0.distcp")).unlink()
+
+
 def test_a_process_that_was_started_twice(originals: dict[str, Path], tmp_path: Path) -> None:
     target = tmp_path / "out"
     work(originals["mxfp4"], target, 1, 2)

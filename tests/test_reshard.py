@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,34 @@ def test_plan_refuses_a_layout_where_none_is_written(imported: Path, invoke: Any
     done = invoke("plan", "--megatron-path", imported, "--pipeline-layers", "1,2")
     assert done.returncode == 2
     assert "--pipeline-layers: does not go with export" in done.stderr
+
+
+def test_a_reference_where_nothing_tells_the_model(
+    megatron: Path, originals: dict[str, Path], tmp_path: Path, invoke: Any, tree: Any
+) -> None:
+    before = tree(megatron)
+    for name in ("run_config.yaml", "common.pt", "huggingface", "tokenizer"):
+        path = megatron / "iter_0000000" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    words = ("reshard", "--megatron-path", megatron, "--output", tmp_path / "out")
+    assert "--hf-model" in invoke(*words).stderr
+    done = invoke(*words, "--hf-model", originals["bf16"])
+    assert done.returncode == 0, done.stderr
+    assert tree(tmp_path / "out") == before
+
+
+def test_the_other_side_s_format_is_refused(imported: Path, tmp_path: Path, invoke: Any) -> None:
+    words = ("--megatron-path", imported, "--output", tmp_path / "out", "--format", "huggingface")
+    assert "is no format of Megatron; choose" in invoke("reshard", *words).stderr
+    done = invoke("export", "--megatron-path", imported, "--hf-path", tmp_path, "--format", "torch")
+    assert "is no torch checkpoint, which --format asks for" in done.stderr
+
+
+def test_overwrite_replaces_its_own_kind(
+    imported: Path, hf: Path, tmp_path: Path, invoke: Any, tree: Any
+) -> None:
+    before = tree(hf)
+    done = invoke("reshard", "--megatron-path", imported, "--output", hf, "--overwrite")
+    assert done.returncode == 1
+    assert "is not empty" in done.stderr
+    assert tree(hf) == before

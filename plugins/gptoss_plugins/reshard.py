@@ -9,6 +9,7 @@ import click
 from gptoss_convert import hookimpl
 from gptoss_convert.options import (
     common_options,
+    hf_model_option,
     layout_options,
     megatron_option,
     output_option,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 @click.command("reshard")
 @megatron_option
 @output_option
+@hf_model_option
 @layout_options
 @torch_dtype_option
 @click.option(
@@ -41,6 +43,7 @@ def reshard(
     /,
     megatron_path: Path | None,
     output: Path | None,
+    hf_model: str | None,
     torch_dtype: str | None,
     dialect: str | None,
     optimizer: bool,
@@ -49,13 +52,15 @@ def reshard(
     """Megatron checkpoint -> the same for another parallel layout, format or dialect.
 
     --format torch_dist (default) is one checkpoint for every layout; torch is a file per rank of
-    the layout, as Megatron-LM calls it. Bit for bit, unless --torch-dtype rounds.
+    the layout, as Megatron-LM calls it. Bit for bit, unless --torch-dtype rounds. --hf-model names a
+    reference for a checkpoint that carries no config of its model.
     """
     from gptoss_convert.reshard import prepare_reshard
 
     target = required(output, "--output")
     conversion = prepare_reshard(
         required(megatron_path, "--megatron-path"),
+        hf_model=hf_model,
         layout=layout_of(**rest),
         torch_dtype=torch_dtype,
         dialect=dialect,
