@@ -207,9 +207,9 @@ def _settle_nonfinite(
     rows: Tensor, rule: Rule, hint: Tensor | None, out: Encoded, *, saturate: bool
 ) -> None:
     """Raise for blocks that were encoded as NaN, or encode them again with infinities cut down."""
+    if not out.scales.numel() or int(out.scales.max()) != NAN_SCALE:
+        return  # without a mask, which would be memory beyond the result
     broken = out.scales == NAN_SCALE
-    if not bool(broken.any()):
-        return
     places = broken.nonzero()
     values = rows.unflatten(-1, (-1, BLOCK))[broken.view(*rows.shape[:-1], -1)]
     nan, infinite = values.isnan().any(1), values.isinf().any(1)

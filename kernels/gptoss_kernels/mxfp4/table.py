@@ -40,7 +40,7 @@ def decode(blocks: Tensor, scales: Tensor, view: Tensor) -> None:
         )
         high = scratch(1, (count, 1), torch.int32, view.device).copy_(scales[part].view(-1, 1))
         index |= high.bitwise_left_shift_(8)
-        in_place = rows.is_contiguous()
+        in_place = rows.is_contiguous() and rows.storage_offset() % 2 == 0  # two values at a time
         values = rows if in_place else scratch(2, rows.shape, rows.dtype, view.device)
         torch.index_select(both, 0, index.view(-1), out=values.view(-1).view(torch.int32))
         if not in_place:
