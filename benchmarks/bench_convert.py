@@ -84,6 +84,14 @@ class Finder(PathFinder):
         return None if hidden else super().find_spec(name, *rest)
 sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 """
+LAUNCH = """
+import json, os, subprocess, sys, time
+started = time.monotonic()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+wall, cpu = time.monotonic() - started, usage.ru_utime + usage.ru_stime
+print(json.dumps([status, wall, cpu, usage.ru_maxrss * 1024]))
+"""
 CONVERT = "from gptoss_convert.cli import run; run()"
 
 
@@ -238,15 +246,16 @@ class Bench:
         self._before = HIDE if hide_numba else ""
 
     def child(self, code: str, *arguments: str) -> Run:
-        """Python in a process of its own."""
+        """Python in a process of its own, by way of a small one: a process begins with the peak of
+        the one that starts it.
+        """
         command = [sys.executable, "-c", self._before + code, *arguments]
-        started = time.monotonic()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        wall = time.monotonic() - started
+        launch = [sys.executable, "-c", LAUNCH, *command]
+        done = subprocess.run(launch, check=True, stdout=subprocess.PIPE)
+        status, *measured = json.loads(done.stdout)
         if status:
             raise SystemExit(f"failed: {' '.join(arguments)}")
-        return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+        return Run(*measured)
 
     def convert(self, direction: Direction, source: Path, target: Path, workers: int = 0) -> Run:
         """One conversion, after its input was dropped from the page cache."""

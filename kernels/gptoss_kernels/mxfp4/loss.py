@@ -1,8 +1,10 @@
-"""What encoding to MXFP4 lost: decoded again and compared, chunk by chunk, in plain torch."""
+"""What encoding to MXFP4 lost: decoded again and compared, chunk by chunk, in plain torch or by numba."""
 
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ from gptoss_kernels.mxfp4.form import BLOCK, BYTES
 from gptoss_kernels.mxfp4.threads import contiguous, scratch, spread
 from gptoss_kernels.mxfp4.views import chunks, four_dims
 
+Compare = Callable[[Tensor, Tensor, Tensor], tuple[int, float, float, float, int]]
 _CHUNK = {"cpu": 1 << 13, "cuda": 1 << 22}  # blocks at a time; on the CPU results stay in the cache
 
 
@@ -50,8 +53,12 @@ def loss(tensor: Tensor, blocks: Tensor, scales: Tensor) -> MXFP4Loss:
     places = (view.shape[0], view.shape[1] * view.shape[2], view.shape[3] // BLOCK)
     blocks, scales = blocks.view(*places, BYTES), scales.view(places)
 
+    in_one_pass = _in_one_pass(tensor)
+
     def work(chunk: tuple[tuple[int, slice], Tensor]) -> tuple[int, float, float, float, int]:
         part, rows = chunk
+        if in_one_pass:
+            return in_one_pass(contiguous(rows).view(-1, BLOCK), blocks[part], scales[part])
         back = scratch(4, rows.shape, torch.bfloat16, rows.device)
         table.decode(blocks[part][None], scales[part][None], back.view(1, -1, 1, view.shape[3]))
         return _compare(contiguous(rows).view(-1, BLOCK), back.view(-1, BLOCK))
@@ -61,6 +68,17 @@ def loss(tensor: Tensor, blocks: Tensor, scales: Tensor) -> MXFP4Loss:
     count = scales.numel()
     sums = sum(squares), sum(power)
     return MXFP4Loss(count, sum(kept), max(largest), *sums, count * BLOCK, sum(nonfinite))
+
+
+def _in_one_pass(tensor: Tensor) -> Compare | None:
+    """By numba, for whom it serves at all; loaded for this alone it would cost more than it saves."""
+    if tensor.device.type != "cpu" or tensor.dtype != torch.bfloat16:
+        return None
+    if "gptoss_kernels.mxfp4.numba" not in sys.modules:
+        return None
+    from gptoss_kernels.mxfp4.numba_loss import compare
+
+    return compare
 
 
 def _compare(value: Tensor, back: Tensor) -> tuple[int, float, float, float, int]:
