@@ -12,6 +12,7 @@ from gptoss_convert.types import (
     Resharder,
     Rule,
     Shard,
+    Spoiled,
     TensorSpec,
     Validator,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "Resharder",
     "Rule",
     "Shard",
+    "Spoiled",
     "TensorSpec",
     "Transpose",
     "Validator",

@@ -26,6 +26,7 @@ from gptoss_convert.errors import (
 from gptoss_convert.execute import (
     CLAIM,
     DEFAULT_MAX_MEMORY,
+    FOUND,
     NOTE,
     Budget,
     Executor,
@@ -35,6 +36,7 @@ from gptoss_convert.execute import (
 )
 from gptoss_convert.loss import Loss, total
 from gptoss_convert.staging import Staging, human
+from gptoss_convert.types import MegatronSink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -189,8 +191,12 @@ class Conversion:
                     f"run again"
                 )
             finished = crew.is_alone or self._ready(crew, sink, staging)
+            executor.spoiled.tell()
             if finished:
                 executor.recall_others()
+                residues = executor.spoiled.residues()
+                if residues and isinstance(sink, MegatronSink):
+                    sink.keep(residues)
                 self._finish(sink, staging)
         except BaseException as error:
             _stopped(error, staging, sink, crew)
@@ -252,7 +258,7 @@ class Conversion:
         """Write what makes the folder a checkpoint, look at it, and put it in place."""
         sink.finish()
         self._validate("checkpoint", staging.folder)
-        for prefix in (NOTE, CLAIM, COMMAND, COMMIT):
+        for prefix in (NOTE, FOUND, CLAIM, COMMAND, COMMIT):
             for note in staging.folder.glob(f"{prefix}*"):
                 note.unlink()
         staging.publish()
@@ -296,6 +302,19 @@ class Conversion:
         if self.hints:
             self.hints.check()
         self._validate("plan", None)
+        written = {o.spec.dtype for s in self.plan.steps for o in s.outputs if not o.codec}
+        if self.plan.codecs and len(written) > 1:
+            log.warning(
+                "what %s decodes to does not fit into the type of the other tensors, and keeps its own "
+                "(%s); the model is declared %s, which holds both",
+                " and ".join(self.plan.codecs), ", ".join(sorted(written)), self.plan.dtype,
+            )  # fmt: skip
+        if self.plan.encoding and self.plan.dtype != "BF16":
+            log.warning(
+                "what is not encoded stays %s; for BF16, as models are published, write the checkpoint "
+                "with --torch-dtype bfloat16 first",
+                self.plan.dtype,
+            )
         for before, after in self.plan.casts:
             if itemsize(after) > itemsize(before):
                 log.info("widening %s to %s, which is exact", before, after)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from gptoss_convert.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
 
 # safetensors' name -> (bytes per element, torch's name)
@@ -32,6 +34,14 @@ _BY_TORCH_NAME = {torch_name: name for name, (_, torch_name) in _TABLE.items()}
 _SPELLINGS = {"bf16": "BF16", "fp16": "F16", "half": "F16", "fp32": "F32", "float": "F32"}
 
 FLOATS = ("BF16", "F16", "F32", "F64")
+
+
+def narrowest(dtypes: Iterable[str]) -> str:
+    """The smallest floating-point type that holds every value of all of these; BF16 for none."""
+    kinds = set(dtypes) or {"BF16"}
+    if len(kinds) == 1:
+        return kinds.pop()
+    return "F64" if "F64" in kinds else "F32"
 
 
 def itemsize(dtype: str) -> int:

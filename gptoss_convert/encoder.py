@@ -9,13 +9,15 @@ from gptoss_convert.errors import ConvertError, EncodeError, PluginError, blame
 from gptoss_convert.loss import Loss, measure
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
     from gptoss_convert.plan import Output
     from gptoss_convert.scratch import Scratch
     from gptoss_convert.types import Codec, GroupWriter, TensorSpec
+
+    Originals = Callable[[], Tensor | None]
 
 
 class Encoder:
@@ -45,6 +47,7 @@ class Encoder:
         tensor: Tensor,
         hints: Sequence[Tensor] | None,
         scratch: Scratch,
+        originals: Originals | None = None,
     ) -> None:
         """Encode ``rows`` of dim 0 of an output, which come in order, and write what can go.
 
@@ -59,7 +62,7 @@ class Encoder:
             tensor = tensor.reshape(*lead, output.spec.shape[-1])
         places = [(name, spec, _rows_of(spec, rows, codec)) for name, spec in output.parts]
         memory = [_empty(spec, place, scratch) for _, spec, place in places]
-        parts = _encode(codec, output, rows, tensor, hints, memory)
+        parts = _encode(codec, output, rows, tensor, hints, memory, originals)
         loss = self.losses.get(output.name, Loss()) + measure(codec, tensor, parts)
         self.losses[output.name] = loss
         self._writer.write(output.parts[0][0], places[0][2], parts[0])
@@ -83,11 +86,13 @@ def _encode(
     tensor: Tensor,
     hints: Sequence[Tensor] | None,
     memory: Sequence[Tensor],
+    originals: Originals | None,
 ) -> Sequence[Tensor]:
     assert codec.encode is not None
+    more = {"originals": originals} if codec.spoiled and originals else {}
     with blame(f"codec {codec.name}"):
         try:
-            parts = codec.encode(tensor, hints, memory)
+            parts = codec.encode(tensor, hints, memory, **more)
         except EncodeError as error:
             place = f"{output.name}[{rows.start + error.row}]"
             raise ConvertError(f"{place}: {error}") from error

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from gptoss_convert.crew import claim
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 DEFAULT_MAX_MEMORY = 1 << 30
 PIECE_BYTES = 8 << 20  # of output; larger pieces win nothing and fragment the heap
 NOTE = ".loss-"  # prefix of the notes on finished groups
+FOUND = ".spoiled-"  # prefix of the notes on what they read that was not finite
 CLAIM = ".claim-"  # prefix of the files by which a process holds a group
 Progress = Callable[[int], None]
 
@@ -179,6 +181,7 @@ class Executor:
 
     Attributes:
         losses: what encoding lost, by tensor.
+        spoiled: what was read that is not finite.
 
     """
 
@@ -200,7 +203,7 @@ class Executor:
         self._groups = sink.groups if groups is None else groups
         self._shared = len(self._groups) < len(sink.groups)
         self.losses: dict[str, Loss] = {}
-        self._spoiled = Spoiled()
+        self.spoiled = Spoiled(keep=bool(plan.kept))
         self._validators = [v for v in validators if v.stage == "tensor"]
         self._progress = progress
         self._stop = threading.Event()
@@ -228,7 +231,6 @@ class Executor:
                 self._run_groups(pool, todo, budget)
         finally:
             torch.set_num_threads(before)
-        self._spoiled.tell()
 
     def _run_groups(self, pool: ThreadPoolExecutor, todo: Sequence[Group], budget: Budget) -> None:
         local = threading.local()
@@ -267,30 +269,38 @@ class Executor:
     def _write_group(self, group: Group, budget: Budget, local: threading.local) -> None:
         memory = local.__dict__.setdefault("memory", _Memory(self._device))
         writer = self._sink.open(group)
-        encoder = Encoder(writer, memory.waiting)
+        encoder, spoiled = Encoder(writer, memory.waiting), Spoiled(keep=bool(self._plan.kept))
         try:
             for piece, stored in self._read_ahead(list(_pieces(group, budget)), memory):
                 if self._stop.is_set():
                     writer.abort()
                     return
+                for of, parts in zip(piece.step.inputs, stored.inputs, strict=True):
+                    spoiled.look(of, parts, piece.start, piece.stop)
                 self._convert(piece, stored, memory.made, writer, encoder)
-            self._note(group, encoder.losses)
+            self._note(group, encoder.losses, spoiled)
         except BaseException:
             writer.abort()
             raise
         writer.close()
 
-    def _note(self, group: Group, losses: dict[str, Loss]) -> None:
-        """Keep the losses beside the group before it becomes final."""
+    def _note(self, group: Group, losses: dict[str, Loss], spoiled: Spoiled) -> None:
+        """Keep what was found out beside the group before it becomes final."""
         self.losses |= losses
+        self.spoiled.merge(spoiled)
         if losses and self._notes:
             save(self._note_of(group), losses)
+        if self._notes:
+            spoiled.save(self._notes / f"{FOUND}{_flat(group)}")
 
     def _recall(self, group: Group) -> bool:
-        """Take up the losses of a finished group; False if they are gone, so that it is done again.
+        """Take up what was found out when a group was made; False if its losses are gone, so that it
+        is done again.
 
         They are removed just before the folder is put in place, and a run can end in between.
         """
+        if self._notes is not None:
+            self.spoiled.load(self._notes / f"{FOUND}{_flat(group)}")
         if not any(output.codec for step in group.steps for output in step.outputs):
             return True
         if self._notes is None or not (path := self._note_of(group)).exists():
@@ -303,7 +313,7 @@ class Executor:
         return self._notes / f"{NOTE}{_flat(group)}.json"
 
     def recall_others(self) -> None:
-        """Take up the losses of the groups that other processes wrote."""
+        """Take up what was found out about the groups that other processes wrote."""
         mine = {group.name for group in self._groups}
         for group in self._sink.groups:
             if group.name not in mine:
@@ -347,6 +357,13 @@ class Executor:
         specs = dict(of.parts)
         return [self._hints.read(n, piece.rows(specs[n].shape[0]), scratch) for n in of.hints]
 
+    def _originals(self, piece: _Piece, of: Output) -> Tensor | None:
+        """The source's own first part, where its residue was kept."""
+        read = getattr(self._hints, "original", None)
+        name, spec = of.parts[0]
+        found = read and read(name, spec, piece.rows(spec.shape[0]))
+        return None if found is None else self._device.here(found)
+
     def _convert(
         self,
         piece: _Piece,
@@ -356,8 +373,6 @@ class Executor:
         encoder: Encoder,
     ) -> None:
         scratch.reset()
-        for of, parts in zip(piece.step.inputs, stored.inputs, strict=True):
-            self._spoiled.look(of, parts, piece.start, piece.stop)
         tensors = [
             self._decode(
                 i,
@@ -383,7 +398,8 @@ class Executor:
             rows = piece.place(output)
             if output.codec:
                 self._validate(output.name, rows, tensor)
-                encoder.write(output, rows, tensor, hints, scratch)
+                originals = partial(self._originals, piece, output) if hints else None
+                encoder.write(output, rows, tensor, hints, scratch, originals)
                 self._progress(output.nbytes * (piece.stop - piece.start) // piece.step.units)
             else:
                 tensor = cast(_part(tensor, output, piece), output.spec.dtype, output.name)

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from gptoss_convert.dtypes import FLOATS
+from gptoss_convert.dtypes import FLOATS, narrowest
 from gptoss_convert.errors import blame
 from gptoss_convert.ops import COPY, Drop, PadVocab, forward_shape
 
@@ -228,9 +228,7 @@ def house_dtype(drafts: Iterable[Draft], problems: list[str], *, strict: bool) -
     """
     plain = [i for draft in drafts for i in draft.inputs if i.codec is None]
     counts = Counter(i.spec.dtype for i in plain if i.spec.dtype in FLOATS)
-    house = counts.most_common(1)[0][0] if counts else "BF16"
-    if not strict and len(counts) > 1:
-        house = "F64" if "F64" in counts else "F32"
+    house = counts.most_common(1)[0][0] if counts and strict else narrowest(counts)
     for found in plain:
         if found.spec.dtype != house if strict else found.spec.dtype not in FLOATS:
             problems.append(

@@ -94,7 +94,7 @@ def gptoss_convert_codecs() -> Iterable[Codec]:  # type: ignore[empty-body]
                 parts=lambda logical: (
                     TensorSpec(logical.shape, "I8"), TensorSpec((logical.shape[0], 1), "F32")
                 ),
-                declare=lambda unquantized: {"quant_method": "int8-rowwise"},
+                declare=lambda modules: {"quant_method": "int8-rowwise", "skip": list(modules)},
             )
     """
 

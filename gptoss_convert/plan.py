@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from gptoss_convert.dtypes import narrowest
 from gptoss_convert.errors import ConfigError, PlanError, blame
 from gptoss_convert.fit import Direction, Draft, Fitter, Input, house_dtype
 from gptoss_convert.layout import Layout, Parameter, Ranges, grain
@@ -15,7 +16,7 @@ from gptoss_convert.ops import COPY, Blocks, Op, PadVocab, units
 from gptoss_convert.types import Codec, Config, ModelFamily, Rule, TensorSpec, TrainingState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from gptoss_convert.encoding import Encoding
@@ -311,7 +312,7 @@ def make_plan(
         where: the checkpoint, for the message.
         codec: the quantized form the source declares, if any.
         known_codecs: every codec there is, to explain an undeclared quantized form.
-        dtype: element type to write; None keeps the source's (BF16 beside encoded tensors).
+        dtype: element type to write; None keeps the source's.
         files: companions to carry along.
         name_or_path: the hub id, if the user named one.
         encoding: how to encode what the table calls quantizable.
@@ -330,17 +331,16 @@ def make_plan(
     fitter.finish(direction)
     strict = direction not in ("export", "reshard")
     house = house_dtype(drafts, fitter.problems, strict=strict)
+    if encoding:
+        house = _beside_encoded(drafts)
     names = Counter(name for draft in drafts for name in draft.megatron)
     fitter.problems += [
         f"{name}: {count} rules make it; mend the table of {family.name}"
         for name, count in names.items()
         if count > 1
     ]
-    if direction == "reshard" and dtype is None:
-        steps = [_step(draft, draft.inputs[0].spec.dtype, direction) for draft in drafts]
-    else:
-        dtype = dtype or ("BF16" if encoding else house)
-        steps = [_step(draft, dtype, direction) for draft in drafts]
+    kept = [dtype or _kept_dtype(draft, direction, house) for draft in drafts]
+    steps = [_step(*pair, direction) for pair in zip(drafts, kept, strict=True)]
     if encoding:
         steps = [encoding.encoded(step, fitter.problems) for step in steps]
     if fitter.problems:
@@ -352,7 +352,7 @@ def make_plan(
         family.name,
         config,
         megatron_config,
-        dtype or house,
+        narrowest(o.spec.dtype for step in steps for o in step.outputs if not o.codec),
         tuple(steps),
         tuple(fitter.dropped),
         files or {},
@@ -410,6 +410,24 @@ def to_megatron(family: ModelFamily, config: Config, where: str) -> dict[str, An
         )
     with blame(f"model family {family.name}"):
         return family.megatron_config(config)
+
+
+def _beside_encoded(drafts: Sequence[Draft]) -> str:
+    """The type of what is not encoded: the source's, or BF16 where that has several."""
+    plain = [i for draft in drafts if not draft.rule.quantizable for i in draft.inputs]
+    dtypes = {i.spec.dtype for i in plain}
+    return dtypes.pop() if len(dtypes) == 1 else "BF16"
+
+
+def _kept_dtype(draft: Draft, direction: Direction, house: str) -> str:
+    """The type that a draft is written in if the user names none.
+
+    What a codec decodes keeps its own type if the others' does not hold it: F16 has not the range
+    of BF16, and rounding would be silent.
+    """
+    found = draft.inputs[0]
+    own = direction == "reshard" or (found.codec and narrowest((found.spec.dtype, house)) != house)
+    return found.spec.dtype if own else house
 
 
 def _step(draft: Draft, dtype: str, direction: Direction) -> Step:

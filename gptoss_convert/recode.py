@@ -27,7 +27,7 @@ def prepare_quantize(
     revision: str | None = None,
     headers_only: bool = False,
 ) -> Conversion:
-    """Plan writing a checkpoint in a codec's form; everything else is written as BF16.
+    """Plan writing a checkpoint in a codec's form; tensors that it is not for stay as they are.
 
     Args:
         hf_model: folder or hub id.

@@ -6,7 +6,7 @@ import enum
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from gptoss_convert import ops
 from gptoss_convert.dtypes import itemsize
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gptoss_convert.loss import Loss
     from gptoss_convert.plan import ConversionPlan, Group
     from gptoss_convert.scratch import Scratch
+    from gptoss_convert.spoiled import Residue
 
 Config = Mapping[str, Any]
 Side = Literal["hf", "megatron"]
@@ -114,6 +115,20 @@ class ModelFamily:
     unquantized: tuple[str, ...] = ()
 
 
+class Spoiled(NamedTuple):
+    """What decodes to values that are not finite, and so cannot be had back from them.
+
+    Attributes:
+        infinite, nan: how many values.
+        where: bool, of the first part's shape without its last dim: which of its rows they are in.
+
+    """
+
+    infinite: int
+    nan: int
+    where: Tensor
+
+
 @dataclass(frozen=True)
 class Codec:
     """A quantized storage form: several stored parts stand for one logical tensor.
@@ -149,8 +164,11 @@ class Codec:
             decoded and compared element by element.
         settle: called with ``cpu`` or ``cuda``, where it works, and all options; those among them
             that leave it a choice (``auto``), with what it chooses there, for the report.
-        spoiled: parts -> how many values decode to infinity, and how many to NaN, so that the user
-            is told; has to be cheap where there are none.
+        spoiled: parts -> what of them decodes to infinity or NaN, or None if nothing does, which
+            has to be cheap to see. The user is told, and the bytes are kept beside what ``hints``
+            keeps. Then ``encode`` may get ``originals=``, called for the first part as it was
+            stored, right where ``spoiled`` said so, or None; bytes that still mean what is in the
+            tensor are to come back.
 
     """
 
@@ -169,7 +187,7 @@ class Codec:
     decode_contiguous: Callable[..., Tensor] | None = None
     measure: Callable[[Tensor, Sequence[Tensor]], Loss] | None = None
     settle: Callable[..., Mapping[str, str]] | None = None
-    spoiled: Callable[[Sequence[Tensor]], tuple[int, int]] | None = None
+    spoiled: Callable[[Sequence[Tensor]], Spoiled | None] | None = None
 
     @property
     def writes(self) -> bool:
@@ -287,6 +305,14 @@ class TensorSink(Protocol):
 
     def finish(self) -> None:
         """Write what makes the folder a checkpoint, the mark of completeness last."""
+
+
+@runtime_checkable
+class MegatronSink(TensorSink, Protocol):
+    """A Megatron checkpoint being written, which can keep what its weights do not tell."""
+
+    def keep(self, residues: Mapping[str, Residue]) -> None:
+        """Put aside, by stored name, bytes of a quantized source; called before ``finish``."""
 
 
 @dataclass(frozen=True)

@@ -240,6 +240,77 @@ def test_import_and_export_give_the_source_back(
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("other", [torch.float32, torch.float16])
+def test_what_is_not_quantized_keeps_its_type(
+    other: torch.dtype, sources: dict[str, Path], tmp_path: Path, invoke: Run
+) -> None:
+    """And what is loses nothing to it: float16 has not the range of a block's scales."""
+    parts = ("_blocks", "_scales")
+    tensors = {
+        name: t if name.endswith(parts) else t.to(other)
+        for name, t in loaded(sources["oblong"]).items()
+    }
+    source = put(tmp_path / "source", sources["oblong"], tensors)
+    megatron, out, full = tmp_path / "mg", tmp_path / "out", tmp_path / "full"
+    done = ok(invoke("import", "--hf-model", source, "--megatron-path", megatron))
+    assert ("does not fit" in done.stderr) == (other == torch.float16)
+    command = ["export", "--megatron-path", megatron, "--export-dtype", "mxfp4"]
+    ok(invoke(*command, "--hf-path", out))
+    assert_same_tensors(out, source)
+    ok(invoke("dequantize", "--hf-model", source, "--hf-path", full))
+    for name, pair in quantized(source).items():
+        assert torch.equal(natural(loaded(full)[name]), values_of(*pair)), name
+    assert json.loads((full / "config.json").read_bytes())["torch_dtype"] == "float32"
+
+
+@pytest.fixture(scope="module")
+def broken(work: Path, sources: dict[str, Path]) -> Path:
+    """An MXFP4 checkpoint with all scale bytes and all codes, infinite values and NaN among them."""
+    tensors = loaded(sources["oblong"])
+    for seed, base in enumerate(sorted(quantized(sources["oblong"]))):
+        noise = torch.Generator().manual_seed(seed)
+        for name in (base + "_blocks", base + "_scales"):
+            tensors[name] = torch.randint(
+                256, tensors[name].shape, generator=noise, dtype=torch.uint8
+            )
+    return put(work / "broken", sources["oblong"], tensors)
+
+
+@pytest.mark.parametrize("way", ["torch_dist", "torch", "resharded", "processes", "hf", "nan"])
+def test_what_is_not_finite_comes_back(way: str, broken: Path, tmp_path: Path, invoke: Run) -> None:
+    megatron, out = tmp_path / "mg", tmp_path / "out"
+    command = ["import", "--hf-model", broken, "--megatron-path", megatron]
+    more = {
+        "torch": ["--format", "torch", "--tp", "2", "--ep", "5", "--pp", "3"],
+        "hf": ["--no-keep-scales"],
+    }
+    ranks = [{"RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)]
+    runs = ranks if way == "processes" else [{}]
+    done = [ok(invoke(*command, *more.get(way, []), env=environment)) for environment in runs]
+    assert "infinite" in "".join(run.stderr for run in done)
+    if way == "resharded":
+        again = ["reshard", "--megatron-path", megatron, "--output", tmp_path / "again"]
+        ok(invoke(*again, "--format", "torch", "--tp", "2"))
+        megatron = tmp_path / "again"
+    options = {"hf": ["--scales-from", broken], "nan": ["--on-nonfinite", "nan"]}
+    export = ["export", "--megatron-path", megatron, "--hf-path", out, "--export-dtype", "mxfp4"]
+    done = ok(invoke(*export, *options.get(way, [])))
+    assert_same_tensors(out, broken)
+
+
+def test_what_became_of_values_that_are_not_finite_is_not_forgotten(
+    broken: Path, tmp_path: Path, invoke: Run
+) -> None:
+    """Only where the weights are what they were; the rest is refused as ever."""
+    megatron = tmp_path / "mg"
+    ok(invoke("import", "--hf-model", broken, "--megatron-path", megatron))
+    (beside,) = megatron.glob("iter_*/quantization/mxfp4-nonfinite.safetensors")
+    command = ["export", "--megatron-path", megatron, "--export-dtype", "mxfp4"]
+    beside.unlink()
+    assert_refused(invoke(*command, "--hf-path", tmp_path / "out"), 1, "infinity", "--on-nonfinite")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("piece", [1, 30_000])
 def test_however_it_is_cut(
@@ -527,7 +598,7 @@ def test_float32_is_encoded_from_float32(
     command = ["export", "--megatron-path", megatron, "--export-dtype", "mxfp4"]
     command += ["--scales-from", originals["mxfp4"], "--hf-path", tmp_path / "out", "--json"]
     done = ok(invoke(*command))
-    assert "rounding F32 to BF16" in done.stderr  # the tensors that are not encoded
+    assert "what is not encoded stays F32" in done.stderr
     facts = {t["name"]: t for t in strict_json(done.stdout)["encoding"]["tensors"]}
     weights = loaded(tmp_path / "hf")
     for name, (blocks, found) in quantized(tmp_path / "out").items():
@@ -540,7 +611,8 @@ def test_float32_is_encoded_from_float32(
         assert not torch.equal(twice[1], want[1])
         assert_told(facts[name], [(x, values_of(blocks, found))])
         assert facts[name]["kept"] < 0.05 * facts[name]["blocks"]
-    assert loaded(tmp_path / "out")["model.norm.weight"].dtype == torch.bfloat16
+    assert torch.equal(loaded(tmp_path / "out")["model.norm.weight"], weights["model.norm.weight"])
+    assert weights["model.norm.weight"].dtype == torch.float32
 
 
 def test_a_report_on_tiny_weights(

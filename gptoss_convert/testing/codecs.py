@@ -15,7 +15,7 @@ from gptoss_convert.testing.families import distinct
 from gptoss_convert.testing.tried import Tried, same
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -30,6 +30,7 @@ def assert_codec(
     signed_zeros: bool = True,
     refuses_nonfinite: bool = True,
     any_bytes: Sequence[str] | None = None,
+    nan_bytes: Mapping[str, Sequence[int]] | None = None,
 ) -> None:
     """A codec keeps, both ways, the contract of :class:`~gptoss_convert.types.Codec`.
 
@@ -47,6 +48,8 @@ def assert_codec(
         any_bytes: suffixes of the parts in which any byte may stand; by default those whose
             elements are one byte wide. Every finite value that such bytes decode to must be kept.
             Give () if your encoder holds itself to fewer.
+        nan_bytes: by suffix, bytes that stand for NaN: a part filled with one decodes to nothing
+            else, whatever is in the others.
 
     Raises:
         AssertionError: naming the codec and what is wrong.
@@ -61,6 +64,9 @@ def assert_codec(
     _try_errors(it, values, kept, tolerance)
     it.require_kept(kept, "what it decoded itself")
     it.require_parts(parts, values.float(), "the same values in float32")
+    half = values.half()
+    it.require_parts(it.encode(half.float(), "values of float16"), half, "them in float16")
+    _try_float32(it, values)
     for what, view in _views(values):
         it.require_parts(parts, view, what)
     if codec.sliceable:
@@ -71,6 +77,9 @@ def assert_codec(
         _try_nonfinite(it, values)
     anywhere = _places(it, any_bytes)
     _try_bytes(it, parts, anywhere)
+    _try_nan_bytes(it, parts, nan_bytes or {})
+    if codec.spoiled:
+        _try_spoiled(it, parts, anywhere)
     if codec.hints:
         _try_hints(it, parts, anywhere)
         _try_wrong_hints(it, parts, (values, kept))
@@ -84,9 +93,12 @@ def _try_declaring(it: Tried) -> None:
     it.require(codec.writes, "cannot write: it lacks encode, parts or declare")
     it.require(set(codec.hints) <= set(codec.suffixes), "has hints that are none of its parts")
     assert codec.declare
-    declared = codec.declare(["lm_head", "model.layers.*.self_attn"])
+    modules = ["lm_head", "model.layers.*.self_attn"]
+    declared = codec.declare(modules)
     stored = json.loads(json.dumps(declared))
     it.require(stored == dict(declared), "declares what JSON cannot hold")
+    told = json.dumps(stored)
+    it.require(all(m in told for m in modules), "declares no modules that are to stay unquantized")
     own = codec.matches({"quantization_config": stored})
     it.require(bool(own), "does not match the config that it declares")
     foreign = {"quantization_config": {"quant_method": f"not-{codec.name}"}}
@@ -99,22 +111,32 @@ def _try_specs(it: Tried) -> None:
     """``parts`` and ``spec`` are inverse, and ``spec`` refuses parts that do not belong together."""
     codec, logical, parts = it.codec, it.logical, list(it.promised())
     it.require(len(parts) == len(codec.suffixes), "promises more or fewer parts than suffixes")
-    back = codec.spec(parts)
+    try:
+        back: TensorSpec | str = codec.spec(parts)
+    except ValueError as error:
+        back = f"an error ({error})"
     it.require(back == logical, f"has a spec that makes {back} of the parts of {logical}")
     rows = {part.shape[:1] for part in parts} == {logical.shape[:1]}
     it.require(rows or not codec.sliceable, "is sliceable, but dim 0 of a part is not that of all")
     for index, part in enumerate(parts):
-        strange = [replace(part, dtype="BOOL")]
-        if len(parts) > 1:
-            strange.append(replace(part, shape=(part.shape[0] + 1, *part.shape[1:])))
-        for other in strange:
+        larger = (
+            replace(part, shape=(*part.shape[:dim], size + 1, *part.shape[dim + 1 :]))
+            for dim, size in enumerate(part.shape)
+        )
+        for other in (replace(part, dtype="BOOL"), *larger):
             wrong = [*parts[:index], other, *parts[index + 1 :]]
             text = f"takes {', '.join(map(str, wrong))} for parts of one tensor"
-            try:
-                codec.spec(wrong)
-            except ValueError:
-                continue
-            it.require(False, text)
+            it.require(not _fit_together(codec, wrong), text)
+
+
+def _fit_together(codec: Codec, parts: Sequence[TensorSpec]) -> bool | None:
+    """Whether ``spec`` takes parts; None if they are indeed those of some other tensor."""
+    assert codec.parts
+    try:
+        logical = codec.spec(parts)
+        return None if list(codec.parts(logical)) == list(parts) else True
+    except ValueError:
+        return False
 
 
 def _values(logical: TensorSpec, *, apart: bool) -> Tensor:
@@ -135,6 +157,17 @@ def _try_errors(it: Tried, values: Tensor, kept: Tensor, tolerance: float) -> No
     worst = float((error / size).max())
     text = f"is off by {worst:.2g} of the largest magnitude; a tolerance of {tolerance} is allowed"
     it.require(worst <= tolerance, text)
+
+
+def _try_float32(it: Tried, values: Tensor) -> None:
+    """A float32 is not rounded to bfloat16 first: that would hide on which side of a middle it is.
+
+    Near enough to a value of bfloat16 both sides become that value; among so many values some are
+    in the middle between two that the codec can hold, where the sides must part.
+    """
+    middles = values.bfloat16().float()
+    sides = [it.encode(middles * (1 + side * 2.0**-10), "float32") for side in (-1, 1)]
+    it.require(not all(map(same, *sides)), "rounds float32 to bfloat16 before it encodes")
 
 
 def _views(values: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -233,13 +266,49 @@ def _try_bytes(it: Tried, parts: Sequence[Tensor], anywhere: set[int]) -> None:
     for seed in range(2):
         stored = _random(parts, anywhere, range(256), seed)
         decoded = it.decode(stored, "random bytes")
-        if it.codec.spoiled:
-            told = it.codec.spoiled(stored)
-            true = int(decoded.isinf().sum()), int(decoded.isnan().sum())
-            it.require(told == true, f"tells of {told} infinite and NaN values, which are {true}")
         finite = decoded.where(decoded.isfinite(), 0)
         for hints in (None, it.hints(stored)):
             it.require_kept(finite, "finite values of random bytes", hints)
+
+
+def _try_nan_bytes(
+    it: Tried, parts: Sequence[Tensor], nan_bytes: Mapping[str, Sequence[int]]
+) -> None:
+    """What stands for NaN is no number."""
+    for suffix, choice in nan_bytes.items():
+        index = it.codec.suffixes.index(suffix)
+        for byte in choice:
+            decoded = it.decode(_random(parts, {index}, [byte], 0), f"{suffix} of {byte}")
+            it.require(bool(decoded.isnan().all()), f"decodes {suffix} of {byte} to numbers")
+
+
+def _try_spoiled(it: Tried, parts: Sequence[Tensor], anywhere: set[int]) -> None:
+    """Values that are not finite are found, and come back as the bytes they were."""
+    import torch
+
+    codec = it.codec
+    assert codec.spoiled
+    assert codec.encode
+    it.require(codec.spoiled(parts) is None, "finds values that are not finite among finite ones")
+    stored = _random(parts, anywhere, range(256), 5)
+    decoded = it.decode(stored, "random bytes")
+    true = int(decoded.isinf().sum()), int(decoded.isnan().sum())
+    found = codec.spoiled(stored)
+    if found is None:
+        it.require(true == (0, 0), f"does not find {true} infinite and NaN values")
+        return
+    told = found.infinite, found.nan
+    it.require(told == true, f"tells of {told} infinite and NaN values, which are {true}")
+    first, where = stored[0], found.where
+    it.require(where.shape == first.shape[:-1], f"finds {list(where.shape)} rows in its first part")
+    kept = torch.where(where[..., None], first, torch.zeros_like(first))
+    hints = it.hints(stored)
+    again = codec.encode(decoded, hints, None, originals=lambda: kept)
+    it.require(same(again[0][where], first[where]), "does not put back what was not finite")
+    finite = decoded.where(decoded.isfinite(), 0)
+    fresh = codec.encode(finite, hints, None, originals=lambda: kept)
+    held = all(map(same, fresh, codec.encode(finite, hints, None)))
+    it.require(held, "puts back what is no longer in the tensor")
 
 
 def _try_hints(it: Tried, parts: Sequence[Tensor], anywhere: set[int]) -> None:
@@ -273,14 +342,18 @@ def _try_hints(it: Tried, parts: Sequence[Tensor], anywhere: set[int]) -> None:
 def _random(
     parts: Sequence[Tensor], where: set[int], choice: Sequence[int], seed: int
 ) -> list[Tensor]:
-    """The parts, some of them filled with bytes of a choice, all of which occur if there is room."""
+    """The parts, some of them filled with bytes of a choice: all of it if there is room, else evenly
+    spread over it, from either end by turns of the seed.
+    """
     import torch
 
     noise = torch.Generator().manual_seed(seed)
     made = list(parts)
     for index in where:
         count = parts[index].numel() * parts[index].element_size()
-        drawn = torch.tensor(choice)[torch.arange(count) % len(choice)].to(torch.uint8)
+        places = torch.arange(count) * max(1, len(choice) / count)
+        drawn = torch.tensor(choice[:: -1 if seed % 2 else 1])[places.long() % len(choice)]
+        drawn = drawn.to(torch.uint8)
         mixed = drawn[torch.randperm(count, generator=noise)]
         made[index] = mixed.view(parts[index].dtype).view(parts[index].shape)
     return made
@@ -335,9 +408,16 @@ def _try_measuring(it: Tried, values: Tensor, parts: Sequence[Tensor], kept: Ten
     it.require(
         loss.elements == values.numel(), f"measures {loss.elements} of {values.numel()} elements"
     )
-    told, true = (loss.largest, loss.squares), (float(error.max()), float(error.square().sum()))
+    told = loss.largest, loss.squares, loss.power
+    true = tuple(map(float, (error.max(), error.square().sum(), values.double().square().sum())))
     close = all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(told, true, strict=True))
-    it.require(close, f"measures the largest error and squares {told}, when they are {true}")
+    it.require(close, f"measures largest error, squares and power as {told}, when they are {true}")
     none = it.codec.measure(kept, it.encode(kept, "what it decoded itself"))
     nothing = none.kept == none.blocks > 0 and none.largest == none.squares == 0
     it.require(nothing, "measures a loss where there is none")
+    changed = kept.clone().contiguous()
+    for count, row in enumerate((0, -1), 1):
+        changed.view(len(changed), -1)[row, 0] += 1
+        left = it.codec.measure(changed, it.encode(kept, "what it decoded itself")).kept
+        few = left == none.blocks - count
+        it.require(few, f"measures {left} of {none.blocks} kept, {count} of them being changed")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gptoss_convert import Codec, TensorSpec, hookimpl
+from gptoss_convert import Codec, Spoiled, TensorSpec, hookimpl
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import torch
     from torch import Tensor
@@ -119,11 +119,13 @@ def encode(
     backend: str = AUTO,
     rule: Any = "even",
     on_nonfinite: Any = "error",
+    originals: Callable[[], Tensor | None] | None = None,
 ) -> Sequence[Tensor]:
     """[E, in, out], or a view [E, in, ...] of the same order, to blocks and scales.
 
     Exact where a block is representable, and of the source's own bytes where ``hints`` (its
-    scales) say how; else to nearest, ties to even.
+    scales) say how; else to nearest, ties to even. A block with NaN or infinity gets the bytes it
+    has in ``originals`` (the source's blocks) if they still mean what is in it.
 
     Raises:
         EncodeError: a block holds NaN or infinity.
@@ -140,6 +142,11 @@ def encode(
     room = None
     if out is not None and device == home:
         room = mxfp4.Encoded(out[0].view(*groups, BYTES), out[1].view(groups))
+
+    def before() -> Tensor | None:
+        blocks = originals and originals()
+        return None if blocks is None else blocks.view(*groups, BYTES).to(device)
+
     try:
         made = mxfp4.encode(
             natural,
@@ -148,6 +155,7 @@ def encode(
             on_nonfinite=on_nonfinite,
             out=room,
             backend=backend,
+            originals=originals and before,
         )
     except mxfp4.NonFiniteError as error:
         expert, *place, group = error.block
@@ -170,11 +178,12 @@ def measure(tensor: Tensor, parts: Sequence[Tensor]) -> Loss:
     return Loss(*loss(tensor.movedim(1, -1), *parts))
 
 
-def spoiled(parts: Sequence[Tensor]) -> tuple[int, int]:
-    """How many values decode to infinity and to NaN."""
+def spoiled(parts: Sequence[Tensor]) -> Spoiled | None:
+    """What decodes to infinity and to NaN."""
     from gptoss_kernels import mxfp4
 
-    return mxfp4.spoiled(*parts)
+    found = mxfp4.spoiled(*parts)
+    return found and Spoiled(*found)
 
 
 def _device(backend: str, home: torch.device) -> torch.device:

@@ -46,8 +46,8 @@ def quantize(
 ) -> None:
     """Hugging Face checkpoint -> the same, quantized (--codec, mxfp4 by default).
 
-    Experts are encoded, everything else is written as BF16. Values that the codec can hold stay
-    what they are; --scales-from the checkpoint they came from gives its very bytes back.
+    Experts are encoded, all other tensors stay as they are. Values that the codec can hold are
+    kept; --scales-from the checkpoint they came from gives its very bytes back.
     """
     from gptoss_convert.recode import prepare_quantize
 
@@ -81,7 +81,7 @@ def dequantize(
     torch_dtype: str | None,
     **rest: Any,
 ) -> None:
-    """Quantized Hugging Face checkpoint -> the same in BF16, exactly."""
+    """Quantized Hugging Face checkpoint -> the same in full, exactly."""
     from gptoss_convert.recode import prepare_dequantize
 
     target = required(hf_path, "--hf-path")

@@ -55,7 +55,7 @@ def decode(stored: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
 def scale_of(rows: Tensor) -> Tensor:
     """So that the largest becomes 3.75 to 7.5; one that would round to 8 takes the next."""
     fraction, exponent = rows.abs().amax(-1).frexp()
-    return (exponent + (fraction > 7.5 / 8) + 124).clamp(0, 251)
+    return (exponent + (fraction > 7.5 / 8) + 124).clamp(0, 252)
 
 
 def encode(
@@ -211,7 +211,7 @@ def scale_depends_on_the_slice() -> Codec:
     def function(tensor: Tensor, hints: Any) -> list[Tensor]:
         def rule(rows: Tensor) -> Tensor:
             fraction, exponent = rows.abs().amax(-1).frexp()
-            return (exponent + (fraction > 7 / 8) + 124).clamp(0, 251)
+            return (exponent + (fraction > 7 / 8) + 124).clamp(0, 252)
 
         return encode(tensor, hints, None, rule if len(tensor) == 5 else scale_of)
 
@@ -269,7 +269,12 @@ def hints_ignored() -> Codec:
 
 @mutant("does not match the config that it declares")
 def declares_another() -> Codec:
-    return replace(GOOD, declare=lambda unquantized: {"quant_method": "toys"})
+    return replace(GOOD, declare=lambda modules: {"quant_method": "toys", "skip": list(modules)})
+
+
+@mutant("declares no modules that are to stay unquantized")
+def declares_no_modules() -> Codec:
+    return replace(GOOD, declare=lambda modules: {"quant_method": "toy", "skip": modules[:1]})
 
 
 @mutant("which does not declare it")
@@ -482,9 +487,58 @@ def an_option_that_loses_values() -> Codec:
     )
 
 
-@mutant("measures the largest error")
+@mutant("measures largest error, squares and power")
 def a_loss_made_up() -> Codec:
     return replace(GOOD, measure=lambda tensor, stored: Loss(1, 1, 0.0, 0.0, 1.0, tensor.numel()))
+
+
+@mutant("measures largest error, squares and power")
+def a_power_made_up() -> Codec:
+    return replace(GOOD, measure=lambda t, stored: replace(measure(t, stored), power=1.0))
+
+
+@mutant("kept, 1 of them being changed")
+def a_count_made_up() -> Codec:
+    def function(tensor: Tensor, stored: Sequence[Tensor]) -> Loss:
+        found = measure(tensor, stored)
+        return replace(found, kept=found.blocks)
+
+    return replace(GOOD, measure=function)
+
+
+@mutant("rounds float32 to bfloat16")
+def float32_through_bfloat16() -> Codec:
+    return encoding(lambda tensor, hints: encode(tensor.bfloat16(), hints))
+
+
+@mutant("cannot encode them in float16")
+def float16_refused() -> Codec:
+    def function(tensor: Tensor, hints: Any) -> list[Tensor]:
+        if tensor.dtype == torch.float16:
+            raise TypeError("no float16")
+        return encode(tensor, hints)
+
+    return encoding(function)
+
+
+@mutant("for parts of one tensor")
+def takes_any_inner_sizes() -> Codec:
+    def lax(stored: Sequence[TensorSpec]) -> TensorSpec:
+        codes, scales = stored
+        if (codes.dtype, scales.dtype) != ("U8", "U8") or codes.shape[0] != scales.shape[0]:
+            raise ValueError("no")
+        return TensorSpec((*codes.shape[:2], 2 * codes.shape[2]), "BF16")
+
+    return replace(GOOD, spec=lax)
+
+
+@mutant("has a spec that makes an error")
+def parts_that_do_not_fit() -> Codec:
+    def wrong(logical: TensorSpec) -> list[TensorSpec]:
+        codes, scales = parts(logical)
+        return [codes, replace(scales, shape=(scales.shape[0], scales.shape[1] + 1))]
+
+    return replace(GOOD, parts=wrong)
 
 
 @mutant("measures a loss where there is none")
@@ -500,6 +554,12 @@ def test_a_bad_codec_is_caught(name: str) -> None:
     assert len(str(caught.value).splitlines()) == 1
     assert str(caught.value).startswith("codec toy ")
     assert what in str(caught.value)
+
+
+def test_bytes_that_stand_for_nan_may_be_named() -> None:
+    assert_codec(GOOD, SPEC, nan_bytes={"_scales": [255]})
+    with pytest.raises(AssertionError, match="decodes _scales of 254 to numbers"):
+        assert_codec(GOOD, SPEC, nan_bytes={"_scales": [255, 254]})
 
 
 def test_what_a_codec_cannot_hold_may_be_declared() -> None:

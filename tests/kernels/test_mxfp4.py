@@ -522,11 +522,50 @@ def test_what_is_refused_is_named(policy: mxfp4.OnNonFinite) -> None:
 @backends
 def test_what_decodes_to_no_finite_value_is_counted(backend: str, exhaustive: Encoded) -> None:
     values = decode(*exhaustive, backend)
-    assert mxfp4.spoiled(*exhaustive) == (int(values.isinf().sum()), int(values.isnan().sum()))
-    assert mxfp4.spoiled(exhaustive.blocks[:, :253], exhaustive.scales[:, :253]) == (0, 0)
-    assert mxfp4.spoiled(
-        torch.empty(0, 16, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)
-    ) == (0, 0)
+    infinite, nan, where = mxfp4.spoiled(*exhaustive)
+    assert (infinite, nan) == (int(values.isinf().sum()), int(values.isnan().sum()))
+    broken = ~values.unflatten(-1, (-1, 32)).isfinite().all(-1)
+    assert broken.any()
+    assert torch.equal(where, broken.view(where.shape))
+    assert mxfp4.spoiled(exhaustive.blocks[:, :253], exhaustive.scales[:, :253]) is None
+    empty = torch.empty(0, 16, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)
+    assert mxfp4.spoiled(*empty) is None
+
+
+@backends
+@pytest.mark.parametrize("policy", ["error", "nan", "saturate"])
+def test_blocks_that_are_not_finite_are_put_back(
+    backend: str, policy: mxfp4.OnNonFinite, exhaustive: Encoded
+) -> None:
+    """With the source's scales and blocks everything comes back, whatever was to become of it."""
+    values, (blocks, scales) = decode(*exhaustive, backend), exhaustive
+    where = mxfp4.spoiled(blocks, scales)[2]
+    kept = torch.where(where[..., None], blocks, 0)
+    more = {"backend": backend, "hint": scales, "on_nonfinite": policy}
+    for wide in (values, values.float()):
+        made = mxfp4.encode(wide, originals=lambda: kept, **more)
+        assert torch.equal(made.blocks, blocks)
+        assert torch.equal(made.scales, scales)
+
+
+@backends
+def test_blocks_that_changed_are_not_put_back(backend: str, exhaustive: Encoded) -> None:
+    blocks, scales = (part.reshape(-1, *part.shape[2:]) for part in exhaustive)
+    (found,) = torch.where(mxfp4.spoiled(blocks, scales)[2].view(-1))
+    blocks, scales = blocks.view(-1, 16)[found][None], scales.view(-1)[found][None]
+    values = decode(blocks, scales, backend).clone()
+    infinite = scales.view(-1) < 255
+    changed = values.view(-1, 32)
+    changed[infinite] = -changed[infinite]  # the other infinity
+    changed[~infinite, 0] = 1.0  # no longer all NaN
+    more = {"backend": backend, "hint": scales, "on_nonfinite": "nan"}
+    made = mxfp4.encode(values, originals=lambda: blocks, **more)
+    want = mxfp4.encode(values, **more)
+    assert torch.equal(made.blocks, want.blocks)
+    assert torch.equal(made.scales, want.scales)
+    assert bool((made.scales == 255).all())
+    with pytest.raises(NonFiniteError):
+        mxfp4.encode(values, originals=lambda: blocks, **{**more, "on_nonfinite": "error"})
 
 
 # --- on a GPU ------------------------------------------------------------------------------------

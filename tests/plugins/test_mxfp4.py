@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from gptoss_convert import TensorSpec
+from gptoss_convert import Spoiled, TensorSpec
 from gptoss_convert.encoding import bind
 from gptoss_convert.errors import EncodeError, UsageError
 from gptoss_convert.ops import Experts
@@ -357,4 +360,35 @@ def test_backends_agree_on_what_was_never_mxfp4() -> None:
 
 @pytest.mark.parametrize("shape", [(3, 64, 98), (5, 96, 2), (2, 32, 35)])
 def test_keeps_the_contract_of_codecs(shape: tuple[int, ...]) -> None:
-    assert_codec(CODEC, TensorSpec(shape, "BF16"))
+    assert_codec(CODEC, TensorSpec(shape, "BF16"), nan_bytes={"_scales": [255]})
+
+
+def miscounted(parts: Sequence[Tensor]) -> Spoiled | None:
+    found = CODEC.spoiled(parts)
+    return found and found._replace(infinite=found.infinite + 1)
+
+
+def forgetful(*given: Any, originals: Any = None) -> Any:
+    return CODEC.encode(*given, on_nonfinite="nan" if originals else "error")
+
+
+def credulous(*given: Any, originals: Any = None) -> Any:
+    made = list(CODEC.encode(*given, originals=originals))
+    if originals:
+        kept = originals()
+        made[0] = torch.where((kept != 0).any(-1, keepdim=True), kept, made[0])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("what", "changes"),
+    [
+        ("does not find", {"spoiled": lambda parts: None}),
+        ("infinite and NaN values, which are", {"spoiled": miscounted}),
+        ("does not put back", {"encode": forgetful}),
+        ("puts back what is no longer", {"encode": credulous}),
+    ],
+)
+def test_the_kit_sees_what_is_not_finite_being_lost(what: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(AssertionError, match=what):
+        assert_codec(replace(CODEC, options={}, **changes), TensorSpec((3, 64, 26), "BF16"))

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from gptoss_kernels.mxfp4.form import (
     Rule,
 )
 from gptoss_kernels.mxfp4.views import four_dims, stored_order
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = [
     "BACKENDS",
@@ -137,6 +140,7 @@ def encode(
     interleave: bool = False,
     out: Encoded | None = None,
     backend: str | None = None,
+    originals: Callable[[], Tensor | None] | None = None,
 ) -> Encoded:
     """Encode bfloat16 or float32 as MXFP4: nearest code, ties to even, signs of zeros kept.
 
@@ -156,6 +160,9 @@ def encode(
         interleave: its R rows are ``[gate; up]``; they are stored alternating.
         out: where to write.
         backend: one of ``BACKENDS``; None or ``auto`` takes the best for the device.
+        originals: called where a block holds NaN or infinity, for blocks ``[..., R, K/32, 16]`` as
+            they once were beside ``hint``; those that decode to what is here are put back. None if
+            there are none.
 
     Raises:
         NonFiniteError: see ``on_nonfinite``.
@@ -174,6 +181,8 @@ def encode(
             f"there is no way {on_nonfinite!r} to treat NaN and infinity; choose "
             f"{', '.join(get_args(OnNonFinite))}"
         )
+    if tensor.dim() < (2 if transpose or interleave else 1):
+        raise ValueError(f"a tensor {list(tensor.shape)} has no rows to transpose or interleave")
     if interleave and tensor.shape[-1 if transpose else -2] % 2:
         raise ValueError("gate and up are halves of the rows, whose number is odd")
     rows = stored_order(tensor.detach(), transpose=transpose, interleave=interleave)
@@ -198,20 +207,34 @@ def encode(
     wanted = None if hint is None else hint.contiguous().view(places)
     kernel = choose(tensor.device, backend)
     kernel.encode(view, rule, wanted, blocks.view(*places, BYTES), scales.view(places))
-    if on_nonfinite != "nan":
-        _settle_nonfinite(rows, rule, hint, out, saturate=on_nonfinite == "saturate")
+    if int(scales.max()) == NAN_SCALE:  # without a mask, which would be memory beyond the result
+        broken = scales == NAN_SCALE
+        if hint is not None and originals and (before := originals()) is not None:
+            broken = _put_back(rows, hint, before, out, broken)
+        if on_nonfinite != "nan":
+            _settle_nonfinite(rows, rule, hint, out, broken, saturate=on_nonfinite == "saturate")
     return out
 
 
+def _put_back(
+    rows: Tensor, hint: Tensor, originals: Tensor, out: Encoded, broken: Tensor
+) -> Tensor:
+    """Give blocks their original bytes that decode to the same; which blocks are still broken."""
+    once = decode(originals[broken], hint[broken]).view(-1, BLOCK).to(rows.dtype)
+    values = _blocks_at(rows, broken)
+    alike = (values == once) & (values.signbit() == once.signbit()) | values.isnan() & once.isnan()
+    known = broken.clone()
+    known[broken] = alike.all(1)
+    out.blocks[known], out.scales[known] = originals[known], hint[known]
+    return broken & ~known
+
+
 def _settle_nonfinite(
-    rows: Tensor, rule: Rule, hint: Tensor | None, out: Encoded, *, saturate: bool
+    rows: Tensor, rule: Rule, hint: Tensor | None, out: Encoded, broken: Tensor, *, saturate: bool
 ) -> None:
     """Raise for blocks that were encoded as NaN, or encode them again with infinities cut down."""
-    if not out.scales.numel() or int(out.scales.max()) != NAN_SCALE:
-        return  # without a mask, which would be memory beyond the result
-    broken = out.scales == NAN_SCALE
     places = broken.nonzero()
-    values = rows.unflatten(-1, (-1, BLOCK))[broken.view(*rows.shape[:-1], -1)]
+    values = _blocks_at(rows, broken)
     nan, infinite = values.isnan().any(1), values.isinf().any(1)
     hopeless = nan if saturate else nan | infinite
     if bool(hopeless.any()):
@@ -224,16 +247,25 @@ def _settle_nonfinite(
     out.blocks[broken], out.scales[broken] = again.blocks[:, 0], again.scales[:, 0]
 
 
-def spoiled(blocks: Tensor, scales: Tensor) -> tuple[int, int]:
-    """How many values decode to infinity, being past bfloat16's largest, and how many to NaN.
+def _blocks_at(rows: Tensor, where: Tensor) -> Tensor:
+    """``[N, 32]`` values, of blocks by a mask of the scales' shape."""
+    blocks: Tensor = rows.unflatten(-1, (-1, BLOCK))
+    return blocks[where.view(*rows.shape[:-1], -1)]
+
+
+def spoiled(blocks: Tensor, scales: Tensor) -> tuple[int, int, Tensor] | None:
+    """How many values decode to infinity, being past bfloat16's largest, how many to NaN, and in
+    which blocks (bool, like ``scales``); None if there are none.
 
     Takes no longer than a look at the scales where there are none.
     """
     if not scales.numel() or int(scales.max()) <= LARGEST_SCALE:
-        return 0, 0
-    high = scales > LARGEST_SCALE
-    values = decode(blocks[high], scales[high])
-    return int(values.isinf().sum()), int(values.isnan().sum())
+        return None
+    where = scales > LARGEST_SCALE
+    values = decode(blocks[where], scales[where]).view(-1, BLOCK)
+    where[where.clone()] = ~values.isfinite().all(1)
+    infinite, nan = int(values.isinf().sum()), int(values.isnan().sum())
+    return (infinite, nan, where) if infinite or nan else None
 
 
 def _rows(shape: torch.Size, *, merged: bool) -> tuple[int, ...]:

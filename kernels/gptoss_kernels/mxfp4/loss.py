@@ -92,21 +92,26 @@ def _compare(value: Tensor, back: Tensor) -> tuple[int, float, float, float, int
     bits = scratch(7, *_like(left.view(torch.int64)))
     torch.bitwise_xor(left.view(torch.int64), right.view(torch.int64), out=bits)
     low, high = bits.aminmax()  # "==" is far slower in torch
-    within = 1e-30 < power < math.inf  # squares that float32 holds, and no NaN or infinity
-    if not (low or high) and within:
+    if not (low or high) and _held(power):
         return len(value), 0.0, 0.0, power, 0
-    same = (bits.amax(1) == 0) & (bits.amin(1) == 0)
-    again = scratch(6, *_like(wide)).copy_(back)
-    nonfinite = 0
-    if not within:
-        finite = wide.isfinite()
-        nonfinite = finite.numel() - int(finite.sum())
-        again = torch.where(finite & again.isfinite(), again, 0).double()
-        wide = torch.where(finite, wide, 0).double()
-        power = float(wide.square().sum())
-    error = again.sub_(wide)
-    least, most = map(float, error.aminmax())
-    return int(same.sum()), max(-least, most), float(error.square_().sum()), power, nonfinite
+    kept = int(((bits.amax(1) == 0) & (bits.amin(1) == 0)).sum())
+    if _held(power):
+        error = torch.sub(back, wide, out=scratch(6, *_like(wide)))
+        least, most = map(float, error.aminmax())
+        squares = float(error.square_().sum())
+        if kept == len(value) or _held(squares):
+            return kept, max(-least, most), squares, power, 0
+    finite = wide.isfinite()
+    again = torch.where(finite & back.isfinite(), back, 0).double()
+    wide = torch.where(finite, wide, 0).double()
+    error = again - wide
+    largest, squares = float(error.abs().max()), float(error.square().sum())
+    return kept, largest, squares, float(wide.square().sum()), int((~finite).sum())
+
+
+def _held(squares: float) -> bool:
+    """Whether float32 held a sum of squares: none of weight was too small, and none too large."""
+    return 1e-30 < squares < math.inf
 
 
 def _like(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:

@@ -51,8 +51,23 @@ def chunks(view: Tensor, most: int) -> Iterator[tuple[tuple[int, slice], Tensor]
 
     """
     experts, outer, inner, width = view.shape
-    step = max(1, most * BLOCK // (inner * width))
+    step = most * BLOCK // (inner * width)
     for expert in range(experts):
-        for start in range(0, outer, step):
+        for start in range(0, outer, max(1, step)):
+            if step == 0:
+                yield from _parts(view, expert, start, max(1, most * BLOCK // width))
+                continue
             stop = min(start + step, outer)
             yield (expert, slice(start * inner, stop * inner)), view[expert, start:stop]
+
+
+def _parts(
+    view: Tensor, expert: int, outer: int, step: int
+) -> Iterator[tuple[tuple[int, slice], Tensor]]:
+    """The same of one ``A``, whose ``B`` rows are too many for one run."""
+    inner = view.shape[2]
+    first = outer * inner
+    for start in range(0, inner, step):
+        stop = min(start + step, inner)
+        rows = view[expert, outer : outer + 1, start:stop]
+        yield (expert, slice(first + start, first + stop)), rows

@@ -13,10 +13,16 @@ from gptoss_plugins.huggingface.source import SafetensorsSource
 from gptoss_plugins.megatron.folder import QUANTIZATION, companion_place
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
+    from torch import Tensor
+
     from gptoss_convert.plan import ConversionPlan
-    from gptoss_convert.types import GroupWriter
+    from gptoss_convert.spoiled import Residue
+    from gptoss_convert.types import GroupWriter, TensorSpec
+
+_AT, _ROWS = ":at", ":rows"  # what a residue is stored as, behind its part's name
 
 
 class Beside:
@@ -53,6 +59,16 @@ class Beside:
             return open_shard(path, group, shard_header(group))
         return FileCopy(self._plan.target.attachments[group.name], path)
 
+    def keep(self, residues: Mapping[str, Residue]) -> None:
+        """Write a residue beside the parts that are kept."""
+        from safetensors.torch import save
+
+        tensors: dict[str, Tensor] = {}
+        for name, residue in residues.items():
+            tensors |= {name + _AT: residue.at, name + _ROWS: residue.rows}
+        (codec,) = self._plan.codecs
+        write_file(self._folder / _residue_file(codec), save(tensors, {"format": "pt"}))
+
     def finish(self) -> None:
         """The small files."""
         for name, path in self._plan.files.items():
@@ -64,6 +80,19 @@ class Kept(SafetensorsSource):
 
     remedy = "name the checkpoint it came from with --scales-from, or remove it for new scales"
 
+    def original(self, name: str, spec: TensorSpec, rows: slice) -> Tensor | None:
+        """``rows`` of dim 0 of a part, right in the rows (of its last dim) that were kept."""
+        import torch
+
+        if name + _AT not in self._entries:
+            return None
+        at, kept = self.read(name + _AT), self.read(name + _ROWS)
+        each = spec.numel // spec.shape[0] // spec.shape[-1]
+        first, last = torch.searchsorted(at, torch.tensor([rows.start * each, rows.stop * each]))
+        part = kept.new_zeros((rows.stop - rows.start, *spec.shape[1:]))
+        part.view(-1, spec.shape[-1])[at[first:last] - rows.start * each] = kept[first:last]
+        return part
+
 
 def kept(iteration: Path, codec: str) -> Kept | None:
     """The parts kept for a codec, if there are any.
@@ -72,5 +101,11 @@ def kept(iteration: Path, codec: str) -> Kept | None:
         CheckpointError: the file is damaged.
 
     """
-    file = iteration / QUANTIZATION / f"{codec}.safetensors"
-    return Kept(file.parent, [read_header(file, Kept.remedy)]) if file.is_file() else None
+    files = [iteration / QUANTIZATION / f"{codec}.safetensors", iteration / _residue_file(codec)]
+    there = [read_header(file, Kept.remedy) for file in files if file.is_file()]
+    return Kept(files[0].parent, there) if files[0].is_file() else None
+
+
+def _residue_file(codec: str) -> str:
+    """Where a residue is; only there if there is any."""
+    return f"{QUANTIZATION}/{codec}-nonfinite.safetensors"

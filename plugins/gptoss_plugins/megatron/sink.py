@@ -32,8 +32,10 @@ from gptoss_plugins.megatron.state import CarriedState
 from gptoss_plugins.megatron.torchzip import ALIGNMENT, Frame, frame
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
+
+    from gptoss_convert.spoiled import Residue
 
 _METADATA_BYTES_PER_ENTRY = 512  # more than a pickled chunk or object takes
 
@@ -119,6 +121,10 @@ class TorchDistSink:
         specs = {o.name: o.spec for step in group.steps for o in step.outputs}
         items = {name: [i.item for i in found] for name, found in self._items[group.name].items()}
         return ItemFile(writer, items, specs)
+
+    def keep(self, residues: Mapping[str, Residue]) -> None:
+        """Beside the scales that are kept."""
+        self._beside.keep(residues)
 
     def finish(self) -> None:
         """Small files, then ``.metadata``, then the mark of completeness, then the trackers."""

@@ -29,9 +29,10 @@ from gptoss_plugins.megatron.legacy.names import (
 from gptoss_plugins.megatron.legacy.rankfile import END, Slot, lay_out
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from gptoss_convert.spoiled import Residue
     from gptoss_convert.stages import Chunk
 
 _BYTES_PER_TENSOR = 1024  # more than its records and its part of the pickle take
@@ -150,6 +151,10 @@ class LegacySink:
         items = self._items(self._files[group.name])
         specs = {o.name: o.written for step in group.steps for o in step.outputs}
         return ItemFile(BlockWriter(path, items[END][0].end), items, specs)
+
+    def keep(self, residues: Mapping[str, Residue]) -> None:
+        """Beside the scales that are kept."""
+        self._beside.keep(residues)
 
     def finish(self) -> None:
         """Companions; then the tracker, by which a loader finds the iteration."""
