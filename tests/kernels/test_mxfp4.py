@@ -88,9 +88,17 @@ def decode(blocks: Tensor, scales: Tensor, backend: str, **options) -> Tensor:
     return mxfp4.decode(blocks.to(device), scales.to(device), backend=backend, **options).cpu()
 
 
-def encode(tensor: Tensor, backend: str, hint: Tensor | None = None, **options) -> Encoded:
+def encode(
+    tensor: Tensor,
+    backend: str,
+    hint: Tensor | None = None,
+    originals: Tensor | None = None,
+    **options,
+) -> Encoded:
     device = DEVICE.get(backend, "cpu")
     hint = None if hint is None else hint.to(device)
+    if originals is not None:
+        options["originals"] = lambda: originals.to(device)
     made = mxfp4.encode(tensor.to(device), hint=hint, backend=backend, **options)
     return Encoded(made.blocks.cpu(), made.scales.cpu())
 
@@ -541,9 +549,8 @@ def test_blocks_that_are_not_finite_are_put_back(
     values, (blocks, scales) = decode(*exhaustive, backend), exhaustive
     where = mxfp4.spoiled(blocks, scales)[2]
     kept = torch.where(where[..., None], blocks, 0)
-    more = {"backend": backend, "hint": scales, "on_nonfinite": policy}
     for wide in (values, values.float()):
-        made = mxfp4.encode(wide, originals=lambda: kept, **more)
+        made = encode(wide, backend, scales, kept, on_nonfinite=policy)
         assert torch.equal(made.blocks, blocks)
         assert torch.equal(made.scales, scales)
 
@@ -558,14 +565,13 @@ def test_blocks_that_changed_are_not_put_back(backend: str, exhaustive: Encoded)
     changed = values.view(-1, 32)
     changed[infinite] = -changed[infinite]  # the other infinity
     changed[~infinite, 0] = 1.0  # no longer all NaN
-    more = {"backend": backend, "hint": scales, "on_nonfinite": "nan"}
-    made = mxfp4.encode(values, originals=lambda: blocks, **more)
-    want = mxfp4.encode(values, **more)
+    made = encode(values, backend, scales, blocks, on_nonfinite="nan")
+    want = encode(values, backend, scales, on_nonfinite="nan")
     assert torch.equal(made.blocks, want.blocks)
     assert torch.equal(made.scales, want.scales)
     assert bool((made.scales == 255).all())
     with pytest.raises(NonFiniteError):
-        mxfp4.encode(values, originals=lambda: blocks, **{**more, "on_nonfinite": "error"})
+        encode(values, backend, scales, blocks)
 
 
 # --- on a GPU ------------------------------------------------------------------------------------
