@@ -19,6 +19,7 @@ from gptoss_convert.errors import ConvertError, MismatchError, ResourceError
 from gptoss_convert.layout import take
 from gptoss_convert.loss import Loss, load, save
 from gptoss_convert.ops import Copy
+from gptoss_convert.pieces import Piece, decoded, read_parts, require_equal
 from gptoss_convert.plan import ConversionPlan, Group, Output, Step, step_bytes_in
 from gptoss_convert.scratch import PAGE, Scratch
 from gptoss_convert.spoiled import Spoiled
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from gptoss_convert.fit import Input
     from gptoss_convert.types import GroupWriter, TensorSink, TensorSource, Validator
 
 DEFAULT_MAX_MEMORY = 1 << 30
@@ -119,38 +119,13 @@ def _units_per_piece(step: Step, share: int) -> int:
     return min(step.units, wanted, fitting)
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Units ``[start, stop)`` of a step; ``before`` units of it have been written."""
-
-    step: Step
-    start: int
-    stop: int
-    before: int
-
-    def rows(self, size: int) -> slice:
-        """The piece's part of a dim 0 of ``size``."""
-        each = size // self.step.units
-        return slice(self.start * each, self.stop * each)
-
-    def place(self, output: Output) -> slice:
-        """The rows of dim 0 of what is written that the piece makes."""
-        if not output.spec.shape:
-            return slice(0, 1)
-        each = output.spec.shape[0] // self.step.units
-        count = (self.stop - self.start) * each
-        if output.box and self.step.units == 1:
-            count = output.written.shape[0]
-        return slice(self.before * each, self.before * each + count)
-
-
-def _pieces(group: Group, budget: Budget) -> Iterator[_Piece]:
+def _pieces(group: Group, budget: Budget) -> Iterator[Piece]:
     for step in group.steps:
         size, before = _units_per_piece(step, budget.per_worker), 0
         for first, last in step.runs:
             for start in range(first, last, size):
                 stop = min(start + size, last)
-                yield _Piece(step, start, stop, before)
+                yield Piece(step, start, stop, before)
                 before += stop - start
 
 
@@ -320,8 +295,8 @@ class Executor:
                 self._recall(group)
 
     def _read_ahead(
-        self, pieces: Sequence[_Piece], memory: _Memory
-    ) -> Iterator[tuple[_Piece, _Stored]]:
+        self, pieces: Sequence[Piece], memory: _Memory
+    ) -> Iterator[tuple[Piece, _Stored]]:
         """Each piece with its input; the next one is being read meanwhile."""
         with ThreadPoolExecutor(1, "read") as reader:
             ahead: Future[_Stored] | None = None
@@ -334,30 +309,21 @@ class Executor:
                     ahead = reader.submit(self._read, pieces[index + 1], later)
                 yield piece, stored
 
-    def _read(self, piece: _Piece, scratch: Scratch) -> _Stored:
+    def _read(self, piece: Piece, scratch: Scratch) -> _Stored:
         scratch.reset()
         step = piece.step
         return _Stored(
-            [
-                [self._read_part(piece, i, name, scratch) for name, _ in i.parts]
-                for i in step.inputs
-            ],
+            [read_parts(self._source, piece, i, scratch) for i in piece.step.inputs],
             [self._read_hints(piece, output, scratch) for output in step.outputs],
         )
 
-    def _read_part(self, piece: _Piece, of: Input, name: str, scratch: Scratch) -> Tensor:
-        rows = piece.rows(of.spec.shape[0]) if of.spec.shape else None
-        if piece.step.units == 1 and of.codec:
-            rows = None
-        return self._source.read(name, rows, scratch)
-
-    def _read_hints(self, piece: _Piece, of: Output, scratch: Scratch) -> list[Tensor] | None:
+    def _read_hints(self, piece: Piece, of: Output, scratch: Scratch) -> list[Tensor] | None:
         if self._hints is None or not of.hints:
             return None
         specs = dict(of.parts)
         return [self._hints.read(n, piece.rows(specs[n].shape[0]), scratch) for n in of.hints]
 
-    def _originals(self, piece: _Piece, of: Output) -> Tensor | None:
+    def _originals(self, piece: Piece, of: Output) -> Tensor | None:
         """The source's own first part, where its residue was kept."""
         read = getattr(self._hints, "original", None)
         name, spec = of.parts[0]
@@ -366,7 +332,7 @@ class Executor:
 
     def _convert(
         self,
-        piece: _Piece,
+        piece: Piece,
         stored: _Stored,
         scratch: Scratch,
         writer: GroupWriter,
@@ -374,7 +340,7 @@ class Executor:
     ) -> None:
         scratch.reset()
         tensors = [
-            self._decode(
+            decoded(
                 i,
                 list(map(self._device.here, parts)),
                 scratch,
@@ -384,7 +350,7 @@ class Executor:
         ]
         op = piece.step.rule.op
         if self._plan.direction in ("export", "reshard"):
-            _require_equal(piece.step.inputs, tensors)
+            require_equal(piece.step.inputs, tensors)
         made = (
             op.inverse(tensors[0]) if self._plan.direction == "export" else (op.forward(tensors),)
         )
@@ -407,25 +373,6 @@ class Executor:
                 writer.write(output.name, rows, self._device.to_write(tensor))
                 self._progress(tensor.nbytes)
 
-    def _decode(
-        self, of: Input, parts: Sequence[Tensor], scratch: Scratch, *, as_is: bool
-    ) -> Tensor:
-        if of.codec is None:
-            return parts[0]
-        whole = of.spec.shape[0] if of.spec.shape else 1
-        share = of.spec.nbytes
-        if of.codec.sliceable and of.spec.shape:
-            share = share // whole * parts[0].shape[0]
-        out = scratch.take(share).view(torch_dtype(of.spec.dtype))
-        decode = (as_is and of.codec.decode_contiguous) or of.codec.decode
-        decoded = decode(parts, out)
-        if decoded.dtype != out.dtype:
-            raise ConvertError(
-                f"{of.name}: codec {of.codec.name} made {decoded.dtype} where it promised "
-                f"{of.spec.dtype}; report it to its plugin"
-            )
-        return decoded
-
     def _validate(self, name: str, rows: slice, tensor: Tensor) -> None:
         for validator in self._validators:
             for finding in validator.check(self._plan, name, rows, tensor):
@@ -438,7 +385,7 @@ def _flat(group: Group) -> str:
     return group.name.replace("/", "-")
 
 
-def _part(tensor: Tensor, output: Output, piece: _Piece) -> Tensor:
+def _part(tensor: Tensor, output: Output, piece: Piece) -> Tensor:
     """What one rank has of a piece."""
     inner = output.box[1:]
     cut_rows = bool(output.box) and piece.step.units == 1
@@ -449,18 +396,6 @@ def _part(tensor: Tensor, output: Output, piece: _Piece) -> Tensor:
     whole = tensor.reshape(-1, *output.spec.shape[1:])
     rows = output.box[0] if cut_rows else ((0, len(whole)),)
     return take(whole, (rows, *inner))
-
-
-def _require_equal(inputs: Sequence[Input], tensors: Sequence[Tensor]) -> None:
-    """A tensor that is stored under several names must be the same under each."""
-    import torch
-
-    for other, tensor in zip(inputs[1:], tensors[1:], strict=True):
-        if not torch.equal(tensors[0], tensor):
-            raise MismatchError(
-                f"{inputs[0].name} and {other.name} are two names of one tensor, and their "
-                f"values differ; remove the stale one"
-            )
 
 
 def cast(tensor: Tensor, dtype: str, name: str) -> Tensor:
