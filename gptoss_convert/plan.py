@@ -340,7 +340,7 @@ def make_plan(
         if count > 1
     ]
     kept = [dtype or _kept_dtype(draft, direction, house) for draft in drafts]
-    steps = [_step(*pair, direction) for pair in zip(drafts, kept, strict=True)]
+    steps = [make_step(*pair, direction) for pair in zip(drafts, kept, strict=True)]
     if encoding:
         steps = [encoding.encoded(step, fitter.problems) for step in steps]
     if fitter.problems:
@@ -430,7 +430,8 @@ def _kept_dtype(draft: Draft, direction: Direction, house: str) -> str:
     return found.spec.dtype if own else house
 
 
-def _step(draft: Draft, dtype: str, direction: Direction) -> Step:
+def make_step(draft: Draft, dtype: str, direction: Direction) -> Step:
+    """The step that a draft becomes, writing ``dtype``."""
     rule = draft.rule
     if direction == "reshard":
         rule = replace(rule, op=_kept(rule.op, draft))

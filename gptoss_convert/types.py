@@ -370,20 +370,49 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """A piece of a tensor of one checkpoint, and the same piece of another.
+
+    Attributes:
+        name: the Hugging Face name.
+        layer: which layer, or None outside the layers.
+        shape: of the whole tensor.
+        first: in any shape of the right row-major order; experts, if it has any, are dim 0. Of
+            projections with several experts the next dims are ``[in, out]`` where both checkpoints are
+            Hugging Face's, else ``[out, in]``, or ``[2, out/2, in]`` with gates before ups.
+        second: likewise, in the same shape; None if there is no other checkpoint.
+        equal: whether both are the same numbers.
+        in_hf_order: whether the dims are as Hugging Face has them.
+
+    """
+
+    name: str
+    layer: int | None
+    shape: tuple[int, ...]
+    first: Tensor
+    second: Tensor | None
+    equal: bool
+    in_hf_order: bool
+
+
+@dataclass(frozen=True)
 class Validator:
-    """A check that runs with every conversion; an ``error`` finding stops it.
+    """A check that runs with every conversion, or with ``verify``; an ``error`` finding stops it.
 
     Attributes:
         name: for messages and ``--json``.
         stage: ``plan``: ``check(plan)``, before the first byte. ``tensor``: ``check(plan, name,
             rows, tensor)``, on every piece that is written. ``checkpoint``: ``check(plan,
-            folder)``, on the finished folder before it is put in place.
+            folder)``, on the finished folder before it is put in place. With ``verify``, ``model``:
+            ``check(first, second)``, of two :class:`~gptoss_convert.logical.Logical` checkpoints, the
+            second of them None if there is one only; ``values``: ``check(pair)``, on every
+            :class:`Pair` of pieces.
         check: yields findings.
 
     """
 
     name: str
-    stage: Literal["plan", "tensor", "checkpoint"]
+    stage: Literal["plan", "tensor", "checkpoint", "model", "values"]
     check: Callable[..., Iterable[Finding]]
 
 

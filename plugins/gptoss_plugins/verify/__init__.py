@@ -1,0 +1,120 @@
+"""``gptoss-convert verify``: is a checkpoint sound, and are two of them the same model?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gptoss_convert import hookimpl
+from gptoss_convert.options import Checkpoint, common_options, hf_model_option, revision_option
+from gptoss_convert.program import choice_of, echo_json, registry_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from gptoss_convert.types import Validator
+
+MISMATCH = 3
+
+
+@click.command("verify")
+@click.argument("first", type=Checkpoint(), metavar="A")
+@click.argument("second", type=Checkpoint(), metavar="[B]", required=False)
+@click.option(
+    "--values/--headers",
+    default=None,
+    help="Read all tensors, or headers and config only. Of two checkpoints values are compared "
+    "unless --headers says otherwise.",
+)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="Relative error (RMS) up to which a tensor counts as the same.",
+)
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page too.")
+@hf_model_option
+@revision_option
+@click.option("--workers", type=click.IntRange(1), help="Pieces at work side by side.")
+@click.option("--no-progress", is_flag=True, help="Show no progress.")
+@common_options
+@click.pass_context
+def verify(
+    ctx: click.Context,
+    /,
+    first: str,
+    second: str | None,
+    values: bool | None,
+    tolerance: float,
+    html: Path | None,
+    hf_model: str | None,
+    hf_revision: str | None,
+    workers: int | None,
+    no_progress: bool,
+    as_json: bool,
+    **rest: Any,
+) -> None:
+    """Check a checkpoint, or compare two of any formats, tensor by tensor.
+
+    A and B are checkpoint folders or hub ids, in any format that this program reads. B is judged by
+    A, which is the one that is right. --hf-model names a reference for a Megatron checkpoint that
+    carries no config of its model.
+
+    Exit code 3 if something is wrong: a tensor that is missing or differs, a config that lost what
+    the model needs, one of the known bad states (docs/verify.md).
+    """
+    from gptoss_convert.convert import open_source
+    from gptoss_convert.progress import reporting
+    from gptoss_plugins.verify.checking import Report, check, open_both
+    from gptoss_plugins.verify.printing import print_report
+    from gptoss_plugins.verify.values import nbytes
+
+    registry, choice = registry_of(ctx), choice_of(**rest)
+    paths = (first, second) if second else (first,)
+    report = Report(paths, tolerance=tolerance)
+    reference = None
+    if hf_model:
+        reference = open_source(
+            hf_model, "hf", registry=registry, revision=hf_revision, headers_only=True
+        ).config
+    opened = open_both(paths, registry, choice, report, reference=reference, revision=hf_revision)
+    report.formats = [one.format for one in opened]
+    wanted = bool(second) if values is None else values
+    if len(opened) == len(paths):
+        one, *two = opened
+        other = two[0] if two else None
+        total = nbytes(one, other) if wanted else 0
+        with reporting("verify", total, show=wanted and not no_progress) as progress:
+            check(
+                one,
+                other,
+                report,
+                registry,
+                values=wanted,
+                workers=workers,
+                progress=progress,
+            )
+    if html:
+        from gptoss_plugins.verify.page import write_page
+
+        write_page(report, html)
+    echo_json(report.to_json()) if as_json else print_report(report)
+    if not report.is_sound:
+        ctx.exit(MISMATCH)
+
+
+@hookimpl
+def gptoss_convert_commands() -> Iterator[click.Command]:
+    """One."""
+    yield verify
+
+
+@hookimpl
+def gptoss_convert_validators() -> Iterator[Validator]:
+    """The known bad states."""
+    from gptoss_plugins.verify.states import validators
+
+    yield from validators()

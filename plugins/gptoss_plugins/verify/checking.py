@@ -1,0 +1,185 @@
+"""``verify``: what is found out of one checkpoint, or of two beside each other."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptoss_convert.errors import ConvertError, PlanError, PluginError
+from gptoss_convert.logical import Logical, open_logical
+from gptoss_convert.opening import looks_like_an_id
+from gptoss_convert.types import Finding
+from gptoss_plugins.verify.values import Values, compare_values
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from gptoss_convert.execute import Progress
+    from gptoss_convert.opening import Choice
+    from gptoss_convert.registry import Registry
+    from gptoss_convert.types import Config
+
+SCHEMA = "gptoss-convert.verify/1"
+_MAKE_AGAIN = "make the checkpoint again, or fetch it again"
+
+
+@dataclass
+class Report:
+    """What was found out.
+
+    Attributes:
+        paths: the checkpoints as the user named them.
+        formats: theirs; None where that could not be told.
+        findings: what is wrong or worth a look.
+        values: of the tensors, if they were read.
+        tolerance: the relative error up to which tensors count as the same.
+        logits: what running both models showed, as plain values, if they were run.
+        seconds: how long it took.
+
+    """
+
+    paths: tuple[str, ...]
+    formats: list[str | None] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    values: Values | None = None
+    tolerance: float = 0.0
+    logits: dict[str, Any] | None = None
+    seconds: float = 0.0
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing is wrong."""
+        return not any(finding.severity == "error" for finding in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; the schema is described in docs/json.md."""
+        values = self.values.tensors.values() if self.values else ()
+        return {
+            "schema": SCHEMA,
+            "paths": list(self.paths),
+            "formats": self.formats,
+            "sound": self.is_sound,
+            "tolerance": self.tolerance,
+            "findings": [asdict(finding) for finding in self.findings],
+            "tensors": [
+                {
+                    "name": tensor.name,
+                    "layer": tensor.layer,
+                    "shape": list(tensor.shape),
+                    "dtypes": list(tensor.dtypes),
+                    **tensor.difference.to_json(),
+                }
+                for tensor in values
+            ]
+            if self.values
+            else None,
+            "logits": self.logits,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def open_both(
+    paths: Iterable[str],
+    registry: Registry,
+    choice: Choice,
+    report: Report,
+    *,
+    reference: Config | None = None,
+    revision: str | None = None,
+) -> list[Logical]:
+    """The checkpoints that can be looked into; what is wrong with the others is a finding.
+
+    Raises:
+        ConvertError: there is nothing by that name.
+
+    """
+    opened: list[Logical] = []
+    names = list(paths)
+    for path in sorted(names, key=lambda p: not (Path(p) / "config.json").is_file()):
+        config = reference or next((one.config for one in opened), None)
+        try:
+            opened.append(open_logical(path, registry, choice, config=config, revision=revision))
+        except PlanError as error:
+            report.findings += [_problem(path, problem) for problem in error.problems]
+        except PluginError:
+            raise
+        except ConvertError as error:
+            if not Path(path).is_dir() and not looks_like_an_id(path):
+                raise
+            report.findings.append(_broken(path, str(error)))
+    opened.sort(key=lambda one: [str(one.source.path) != str(Path(p)) for p in names])
+    return opened
+
+
+def check(
+    first: Logical,
+    second: Logical | None,
+    report: Report,
+    registry: Registry,
+    *,
+    values: bool,
+    workers: int | None = None,
+    progress: Progress = lambda nbytes: None,
+) -> None:
+    """Look at headers, config and, if wanted, at all values."""
+    started = time.monotonic()
+    validators = list(registry.validators().values())
+    checkpoints = [one for one in (first, second) if one]
+    for one in checkpoints:
+        report.findings += _complete(one)
+    for validator in (v for v in validators if v.stage == "model"):
+        report.findings += validator.check(first, second)
+    if values:
+        report.values = compare_values(
+            first, second, validators, workers=workers, progress=progress
+        )
+        report.findings += report.values.findings
+        if second:
+            report.findings += _different(report.values, report.tolerance)
+    report.seconds += time.monotonic() - started
+
+
+def _complete(of: Logical) -> Iterator[Finding]:
+    """Everything that the table names is there, and nothing else."""
+    try:
+        of.source.check()
+    except PlanError as error:
+        yield from (_problem(str(of.source.path), problem) for problem in error.problems)
+    yield from (_problem(str(of.source.path), problem) for problem in of.problems)
+
+
+def _problem(path: str, problem: str) -> Finding:
+    """A sentence ``<what>: <is wrong>; <remedy>`` as a finding."""
+    what, _, remedy = problem.partition("; ")
+    if "where model.safetensors.index.json places it" in problem:
+        what = f"ghost index keys: {what}"
+    return Finding("error", path, what, remedy or _MAKE_AGAIN)
+
+
+def _broken(path: str, text: str) -> Finding:
+    what, _, remedy = text.removeprefix(f"{path}: ").partition("; ")
+    if "YaRN" in what or "yarn_" in what or "RoPE" in what:
+        what = f"YaRN constants lost: {what}"
+    return Finding("error", path, what, remedy or _MAKE_AGAIN)
+
+
+def _different(values: Values, tolerance: float) -> Iterator[Finding]:
+    """Tensors further apart than they may be."""
+    for tensor in values.tensors.values():
+        found = tensor.difference
+        if found.is_equal or found.relative <= tolerance:
+            continue
+        share = (found.elements - found.equal) / found.elements
+        near = f"at a relative error of {found.relative:.3g} and a largest of {found.largest:.3g}"
+        yield Finding(
+            "error",
+            tensor.name,
+            f"differs in {found.elements - found.equal:,} elements ({share:.2%}), {near}",
+            f"if the checkpoints may differ so far, say --tolerance {_next(found.relative)}",
+        )
+
+
+def _next(relative: float) -> str:
+    return f"{relative * 1.1:.1g}" if relative < 1 else "inf"

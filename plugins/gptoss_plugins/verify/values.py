@@ -1,0 +1,210 @@
+"""Two checkpoints streamed side by side, tensor by tensor, in flat memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from gptoss_convert.compare import Difference, difference
+from gptoss_convert.errors import ConvertError
+from gptoss_convert.logical import Key, Logical, in_common, pieces, read
+from gptoss_convert.plan import step_bytes_in
+from gptoss_convert.scratch import Scratch
+from gptoss_convert.types import Finding, Pair
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from gptoss_convert.execute import Progress
+    from gptoss_convert.pieces import Piece
+    from gptoss_convert.plan import Step
+    from gptoss_convert.types import Validator
+
+PIECE_BYTES = 8 << 20  # logical bytes of one checkpoint
+MOST_WORKERS = 4  # each holds a piece of both checkpoints
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """What was found out of one tensor.
+
+    Attributes:
+        name: the Hugging Face name.
+        layer: which layer, or None outside the layers.
+        shape: the logical one.
+        dtypes: of the first and of the second checkpoint.
+        difference: of their values.
+
+    """
+
+    name: str
+    layer: int | None
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    difference: Difference
+
+
+@dataclass
+class Values:
+    """What was found out of all tensors.
+
+    Attributes:
+        tensors: by name, in the table's order.
+        findings: of the validators, and of values that are not finite.
+
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+
+def nbytes(first: Logical, second: Logical | None) -> int:
+    """How much will be read."""
+    return sum(
+        step_bytes_in(step)
+        for key, *steps in _pairs(first, second)
+        for step in steps
+        if step is not None
+    )
+
+
+def compare_values(
+    first: Logical,
+    second: Logical | None,
+    validators: Iterable[Validator] = (),
+    *,
+    workers: int | None = None,
+    progress: Progress = lambda nbytes: None,
+) -> Values:
+    """Read both, and compare what both have.
+
+    Args:
+        first: a checkpoint.
+        second: what it is compared with; without one only the first is looked at.
+        validators: those of stage ``values`` see every piece.
+        workers: pieces at work side by side.
+        progress: called with the bytes just read, from any thread.
+
+    """
+    import torch
+
+    count = workers or max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0))))
+    looks = [v.check for v in validators if v.stage == "values"]
+    work = _Work(first, second, looks, progress)
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // count))
+    try:
+        with ThreadPoolExecutor(count, "verify") as pool:
+            for jobs in _pairs(first, second):
+                list(pool.map(work.run, _jobs(*jobs)))
+    finally:
+        torch.set_num_threads(before)
+    return work.result()
+
+
+def _pairs(first: Logical, second: Logical | None) -> Iterator[tuple[Key, Step, Step | None]]:
+    """The steps that are compared."""
+    for key, step in first.steps.items():
+        if second is None:
+            yield key, step, None
+        elif key in second.steps:
+            yield key, step, second.steps[key]
+
+
+def _jobs(key: Key, one: Step, two: Step | None) -> list[tuple[Key, Piece, Piece | None]]:
+    return [(key, *pair) for pair in pieces(one, two, PIECE_BYTES)]
+
+
+class _Work:
+    """Pieces by any thread, results added up."""
+
+    def __init__(
+        self,
+        first: Logical,
+        second: Logical | None,
+        looks: list[Callable[[Pair], Iterable[Finding]]],
+        progress: Progress,
+    ) -> None:
+        self._first, self._second = first, second
+        self._looks, self._progress = looks, progress
+        self._sums: dict[str, Difference] = {}
+        self._about: dict[str, tuple[int | None, tuple[int, ...], tuple[str, ...]]] = {}
+        self._findings: dict[tuple[str, str], Finding] = {}
+        self._local, self._adding = threading.local(), threading.Lock()
+
+    def run(self, job: tuple[Key, Piece, Piece | None]) -> None:
+        """One piece of both."""
+        key, mine, theirs = job
+        scratch = self._local.__dict__.setdefault("scratch", Scratch())
+        scratch.reset()
+        in_order = self._second is not None and self._first.side == self._second.side == "hf"
+        try:
+            one = read(self._first, mine, scratch, in_order=in_order)
+            two = None
+            if theirs is not None and self._second is not None:
+                two = read(self._second, theirs, scratch, in_order=in_order)
+        except ConvertError as error:
+            self._note(Finding("error", key[0], str(error)))
+            return
+        parts = [part for part in (one, two) if part]
+        dtypes = tuple(part.step.inputs[0].spec.dtype for part in parts)
+        natural = mine.step.rule.quantizable and not all(part.side == "hf" for part in parts)
+        shapes = _shapes(mine.step)
+        for name, left, right in in_common(key, one, two):
+            found = difference(left, right, scratch, blocks=natural)
+            pair = Pair(
+                name,
+                mine.step.layer,
+                shapes[name],
+                left,
+                right if two else None,
+                found.is_equal,
+                all(part.side == "hf" for part in parts),
+            )
+            self._add(pair, dtypes, found)
+            for look in self._looks:
+                for finding in look(pair):
+                    self._note(finding)
+        self._progress(sum(tensor.nbytes for part in parts for s in part.stored for tensor in s))
+
+    def _add(self, pair: Pair, dtypes: tuple[str, ...], found: Difference) -> None:
+        with self._adding:
+            self._about.setdefault(pair.name, (pair.layer, pair.shape, dtypes))
+            self._sums[pair.name] = self._sums.get(pair.name, Difference()) + found
+
+    def _note(self, finding: Finding) -> None:
+        with self._adding:
+            self._findings.setdefault((finding.where, finding.what), finding)
+
+    def result(self) -> Values:
+        """In the table's order."""
+        made = Values(findings=list(self._findings.values()))
+        for key in self._first.steps:
+            for name in key:
+                if name in self._sums:
+                    made.tensors[name] = Tensor(name, *self._about[name], self._sums[name])
+                    made.findings += _not_finite(name, self._sums[name])
+        return made
+
+
+def _shapes(step: Step) -> dict[str, tuple[int, ...]]:
+    """The Hugging Face shapes of a step's tensors by name."""
+    return {
+        name if step.layer is None else name.replace("{L}", str(step.layer)): shape
+        for name, shape in step.rule.hf.items()
+    }
+
+
+def _not_finite(name: str, found: Difference) -> Iterator[Finding]:
+    ours, theirs = found.nonfinite
+    if ours or theirs:
+        count = f"{ours:,}" if ours == theirs else f"{ours:,} and {theirs:,}"
+        yield Finding(
+            "warning" if ours == theirs else "error",
+            name,
+            f"{count} values are NaN or infinite",
+            "mend the training or the source that made them",
+        )

@@ -1,0 +1,393 @@
+"""``verify`` says of sound checkpoints that they are, of others what is wrong, and never the reverse."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gptoss_convert.compare import difference
+from gptoss_convert.convert import export_checkpoint, import_checkpoint
+from gptoss_convert.scratch import Scratch
+from gptoss_convert.testing import write_hf_folder
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+INDEX = "model.safetensors.index.json"
+LAYER = "model.layers.1."
+DOWN, GATE_UP = f"{LAYER}mlp.experts.down_proj", f"{LAYER}mlp.experts.gate_up_proj"
+SINKS = f"{LAYER}self_attn.sinks"
+MISMATCH = 3
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {n: t for f in sorted(folder.glob("*.safetensors")) for n, t in load_file(f).items()}
+
+
+def put(folder: Path, like: Path, tensors: dict[str, Tensor]) -> Path:
+    """Write tensors with the config of another folder."""
+    config = json.loads((like / "config.json").read_bytes())
+    return write_hf_folder(folder, config, tensors, shards=2, files={})
+
+
+def damaged(like: Path, folder: Path, name: str, change: Callable[[Tensor], Tensor]) -> Path:
+    tensors = tensors_of(like)
+    tensors[name] = change(tensors[name]).contiguous()
+    return put(folder, like, tensors)
+
+
+def facts(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert "Traceback" not in done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert found["schema"] == "gptoss-convert.verify/1"
+    assert found["sound"] == (done.returncode == 0)
+    return found
+
+
+@pytest.fixture(scope="module")
+def forms(originals: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One model in every form that this program reads."""
+    folder = tmp_path_factory.mktemp("forms")
+    import_checkpoint(originals["mxfp4"], folder / "torch_dist")
+    export_checkpoint(folder / "torch_dist", folder / "bf16", export_dtype="bfloat16")
+    export_checkpoint(folder / "torch_dist", folder / "float32", export_dtype="float32")
+    return {
+        "mxfp4": originals["mxfp4"],
+        **{n: folder / n for n in ("torch_dist", "bf16", "float32")},
+    }
+
+
+@pytest.fixture(scope="module")
+def legacy(originals: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in per-rank files, with a padded vocabulary."""
+    from gptoss_convert.cli import main
+
+    folder = tmp_path_factory.mktemp("legacy") / "torch"
+    command = ["import", "--hf-model", originals["mxfp4"], "--megatron-path", folder]
+    layout = [
+        "--format",
+        "torch",
+        "--tp",
+        "2",
+        "--ep",
+        "5",
+        "--make-vocab-size-divisible-by",
+        "128",
+    ]
+    with pytest.raises(SystemExit) as ended:
+        main(list(map(str, [*command, *layout])))
+    assert ended.value.code == 0
+    return folder
+
+
+# ---- sound ones
+
+
+@pytest.mark.parametrize("one", ["mxfp4", "torch_dist", "bf16", "float32", "torch"])
+@pytest.mark.parametrize("two", ["mxfp4", "torch_dist", "bf16", "float32", "torch"])
+def test_the_same_model_in_two_forms(
+    one: str, two: str, forms: dict[str, Path], legacy: Path, invoke: Run
+) -> None:
+    places = {**forms, "torch": legacy}
+    done = invoke("verify", places[one], places[two], "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = facts(done)
+    assert found["findings"] == []
+    tensors = tensors_of(forms["bf16"])
+    assert {t["name"]: t["shape"] for t in found["tensors"]} == {
+        name: list(tensor.shape) for name, tensor in tensors.items()
+    }
+    for tensor in found["tensors"]:
+        assert tensor["equal"] == tensor["elements"] == tensors[tensor["name"]].numel()
+        assert (tensor["max_error"], tensor["relative_error"], tensor["cosine"]) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("form", ["mxfp4", "torch_dist", "bf16", "torch"])
+def test_one_by_itself(form: str, forms: dict[str, Path], legacy: Path, invoke: Run) -> None:
+    for more in ([], ["--values"]):
+        done = invoke("verify", {**forms, "torch": legacy}[form], *more)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "sound" in done.stdout
+
+
+# ---- figures
+
+
+def test_the_figures_are_those_of_the_definition() -> None:
+    noise = torch.Generator().manual_seed(1)
+    one = torch.randn(7, 3, 96, generator=noise).bfloat16()
+    two = (one.float() * (1 + 0.01 * torch.randn(one.shape, generator=noise))).float()
+    one[3, 1, 5], two[3, 1, 5], two[0, 0, 0] = math.nan, math.nan, math.inf
+    one[1], two[1] = 0.0, -0.0
+    found = difference(one, two, Scratch(), blocks=True)
+    x, y = one.double(), two.double()
+    finite = x.isfinite() & y.isfinite()
+    a, b = x[finite], y[finite]
+    equal = (x == y) & (x.signbit() == y.signbit()) | (x.isnan() & y.isnan())
+    assert (found.elements, found.equal) == (x.numel(), int(equal.sum()))
+    assert found.nonfinite == (1, 2)
+    assert found.largest == pytest.approx(float((b - a).abs().max()), rel=1e-12)
+    assert found.relative == pytest.approx(float((b - a).norm() / a.norm()), rel=1e-9)
+    assert found.cosine == pytest.approx(float(a @ b / a.norm() / b.norm()), rel=1e-9)
+    assert (found.blocks, found.equal_blocks) == (63, int(equal.view(-1, 32).all(1).sum()))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e37])
+def test_equal_values_of_any_size_and_order(scale: float) -> None:
+    x = (torch.randn(5, 8, 64, generator=torch.Generator().manual_seed(2)) * scale).bfloat16()
+    y = x.transpose(0, 2).contiguous().transpose(0, 2)
+    found = difference(x, y, Scratch(), blocks=True)
+    assert found.is_equal
+    assert found.blocks == found.equal_blocks == 80
+    assert (found.largest, found.relative, found.cosine) == (0.0, 0.0, 1.0)
+    power = float(x.double().square().sum())
+    assert found.powers == pytest.approx((power, power), rel=1e-5)
+    y = y.clone()
+    y[4, 7, 63] = -y[4, 7, 63]
+    found = difference(x, y, Scratch(), blocks=True)
+    assert found.elements - found.equal == found.blocks - found.equal_blocks == 1
+
+
+def test_what_quantization_cost(forms: dict[str, Path], tmp_path: Path, invoke: Run) -> None:
+    """The share of blocks that kept everything, and errors within a tolerance or not."""
+    noise = torch.Generator().manual_seed(5)
+
+    def move(weight: Tensor) -> Tensor:
+        moved = weight.clone()
+        moved[0] = (
+            moved[0].float() * (1 + 0.02 * torch.randn(moved[0].shape, generator=noise))
+        ).bfloat16()
+        return moved
+
+    trained = damaged(forms["bf16"], tmp_path / "trained", DOWN, move)
+    import_checkpoint(trained, tmp_path / "mg")
+    export_checkpoint(tmp_path / "mg", tmp_path / "out", export_dtype="mxfp4")
+    command = ["verify", tmp_path / "mg", tmp_path / "out"]
+    found = facts(invoke(*command, "--json"))
+    (moved,) = (t for t in found["tensors"] if t["equal"] < t["elements"])
+    assert moved["name"] == DOWN
+    experts = moved["shape"][0]
+    assert moved["blocks"] == moved["elements"] // 32
+    assert (experts - 1) / experts <= moved["equal_blocks"] / moved["blocks"] < 1
+    one, two = tensors_of(trained)[DOWN].double(), natural(tmp_path / "out", DOWN)
+    assert moved["max_error"] == pytest.approx(float((two - one).abs().max()))
+    assert moved["relative_error"] == pytest.approx(float((two - one).norm() / one.norm()))
+    assert [f["where"] for f in found["findings"]] == [DOWN]
+    done = invoke(*command)
+    assert done.returncode == MISMATCH
+    allowed = re.search(r"--tolerance (\S+)", done.stdout)
+    assert allowed
+    assert invoke(*command, "--tolerance", allowed[1]).returncode == 0
+    assert invoke(*command, "--tolerance", "1e-6").returncode == MISMATCH
+
+
+def natural(folder: Path, name: str) -> Tensor:
+    """An MXFP4 tensor of a folder by its definition, float64 ``[E, in, out]``."""
+    stored = tensors_of(folder)
+    blocks, scales = stored[name + "_blocks"], stored[name + "_scales"]
+    codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)
+    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+    values = magnitudes[(codes & 7).long()] * torch.where(codes > 7, -1.0, 1.0)
+    return (values * 2.0 ** (scales.double() - 127)[..., None]).flatten(-2).transpose(1, 2)
+
+
+# ---- known bad states, each made by its mistake
+
+
+def halves_taken(weight: Tensor) -> Tensor:
+    """What comes back if Megatron's gates and ups were taken to alternate already."""
+    return weight.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+
+
+def alternating_taken(weight: Tensor) -> Tensor:
+    return weight.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
+STATES: dict[str, tuple[str, str, Callable[[Tensor], Tensor]]] = {
+    "transposed": ("transposed down_proj", DOWN, lambda t: t.transpose(1, 2)),
+    "halves": ("gate and up not de-interleaved", GATE_UP, halves_taken),
+    "alternating": ("gate and up de-interleaved once too often", GATE_UP, alternating_taken),
+    "swapped": (
+        "gate and up swapped",
+        GATE_UP,
+        lambda t: t.unflatten(-1, (-1, 2)).flip(-1).flatten(-2),
+    ),
+    "bias": ("gate and up not de-interleaved", f"{GATE_UP}_bias", halves_taken),
+    "zero sinks": ("zero sinks", SINKS, torch.zeros_like),
+}
+
+
+@pytest.mark.parametrize("form", ["hf", "megatron", "both"])
+@pytest.mark.parametrize("kind", STATES)
+def test_a_known_bad_state_of_a_tensor(
+    kind: str, form: str, originals: dict[str, Path], tmp_path: Path, invoke: Run
+) -> None:
+    state, name, change = STATES[kind]
+    good = originals["bf16-square"]
+    bad = damaged(good, tmp_path / "bad", name, change)
+    if form in ("megatron", "both"):
+        import_checkpoint(bad, tmp_path / "bad-mg")
+        bad = tmp_path / "bad-mg"
+    if form == "both":
+        import_checkpoint(good, tmp_path / "good-mg")
+        good = tmp_path / "good-mg"
+    done = invoke("verify", good, bad)
+    assert done.returncode == MISMATCH
+    assert state in done.stdout, done.stdout
+    found = facts(invoke("verify", good, bad, "--json"))
+    named = [f for f in found["findings"] if state in f["what"]]
+    assert [f["where"] for f in named] == [name]
+    assert {f["where"] for f in found["findings"]} == {name}
+    assert all(f["remedy"] for f in named)
+
+
+def test_missing_sinks(originals: dict[str, Path], tmp_path: Path, invoke: Run) -> None:
+    tensors = tensors_of(originals["bf16"])
+    del tensors[SINKS]
+    bad = put(tmp_path / "bad", originals["bf16"], tensors)
+    for command in (["verify", bad], ["verify", originals["bf16"], bad]):
+        done = invoke(*command)
+        assert done.returncode == MISMATCH
+        assert f"{SINKS}: missing sinks" in done.stdout
+
+
+@pytest.mark.parametrize("side", ["hf", "run_config"])
+@pytest.mark.parametrize(
+    ("state", "hf_change", "fields"),
+    [
+        ("YaRN constants lost", "rope", {"yarn_rotary_scaling_factor": 1.0}),
+        ("sliding window lost", "window", {"window_size": None}),
+    ],
+)
+def test_what_the_config_lost(
+    side: str,
+    state: str,
+    hf_change: str,
+    fields: dict[str, Any],
+    originals: dict[str, Path],
+    imported: Path,
+    tmp_path: Path,
+    invoke: Run,
+) -> None:
+    good = originals["bf16"]
+    if side == "hf":
+        bad = Path(shutil.copytree(good, tmp_path / "bad"))
+        config = json.loads((bad / "config.json").read_bytes())
+        if hf_change == "rope":
+            for key in ("rope_scaling", "rope_parameters"):
+                if isinstance(config.get(key), dict):
+                    config[key] |= {"factor": 8.0}
+        else:
+            config["layer_types"] = ["full_attention"] * len(config["layer_types"])
+        (bad / "config.json").write_text(json.dumps(config))
+    else:
+        import yaml
+
+        bad = Path(shutil.copytree(imported, tmp_path / "bad"))
+        (path,) = bad.glob("iter_*/run_config.yaml")
+        document = yaml.safe_load(path.read_text())
+        document["model"] |= fields
+        path.write_text(yaml.safe_dump(document))
+    done = invoke("verify", good, bad)
+    assert done.returncode == MISMATCH
+    assert state in done.stdout, done.stdout + done.stderr
+
+
+def test_yarn_gone_altogether(originals: dict[str, Path], tmp_path: Path, invoke: Run) -> None:
+    bad = Path(shutil.copytree(originals["bf16"], tmp_path / "bad"))
+    config = json.loads((bad / "config.json").read_bytes())
+    for key in ("rope_scaling", "rope_parameters"):
+        config.pop(key, None)
+    (bad / "config.json").write_text(json.dumps(config))
+    for command in (["verify", bad], ["verify", originals["bf16"], bad]):
+        done = invoke(*command)
+        assert done.returncode == MISMATCH
+        assert "YaRN constants lost" in done.stdout
+
+
+def test_ghost_index_keys(originals: dict[str, Path], tmp_path: Path, invoke: Run) -> None:
+    bad = put(tmp_path / "bad", originals["bf16"], tensors_of(originals["bf16"]))
+    index = json.loads((bad / INDEX).read_bytes())
+    file = next(iter(index["weight_map"].values()))
+    index["weight_map"]["model.layers.0.mlp.experts.gate_up_proj_blocks"] = file
+    (bad / INDEX).write_text(json.dumps(index))
+    done = invoke("verify", bad)
+    assert done.returncode == MISMATCH
+    assert "ghost index keys: model.layers.0.mlp.experts.gate_up_proj_blocks" in done.stdout
+
+
+def test_padding_that_is_not_zero(legacy: Path, tmp_path: Path, invoke: Run) -> None:
+    bad = Path(shutil.copytree(legacy, tmp_path / "bad"))
+    path = min(bad.glob("iter_*/mp_rank_01*/model_optim_rng.pt"))
+    stored = torch.load(path, weights_only=False)
+    table = stored["model"]["output_layer.weight"]
+    table[-1, 3] = 0.25
+    torch.save(stored, path)
+    done = invoke("verify", bad)
+    assert done.returncode == MISMATCH
+    assert "vocabulary padding that is not zero: 1 of the" in done.stdout
+    assert "output_layer.weight" in done.stdout
+
+
+def test_values_that_are_not_finite(
+    originals: dict[str, Path], tmp_path: Path, invoke: Run
+) -> None:
+    def spoil(weight: Tensor) -> Tensor:
+        changed = weight.clone()
+        changed.view(-1)[7] = math.nan
+        return changed
+
+    bad = damaged(originals["bf16"], tmp_path / "bad", DOWN, spoil)
+    found = facts(invoke("verify", bad, "--values", "--json"))
+    assert [(f["where"], f["severity"]) for f in found["findings"]] == [(DOWN, "warning")]
+    found = facts(invoke("verify", originals["bf16"], bad, "--json"))
+    assert {(f["where"], f["severity"]) for f in found["findings"]} == {(DOWN, "error")}
+
+
+def test_one_flipped_bit(forms: dict[str, Path], tmp_path: Path, invoke: Run) -> None:
+    def flip(weight: Tensor) -> Tensor:
+        changed = weight.clone()
+        changed.view(torch.int16).view(-1)[-1] ^= 1
+        return changed
+
+    bad = damaged(forms["bf16"], tmp_path / "bad", GATE_UP, flip)
+    found = facts(invoke("verify", forms["mxfp4"], bad, "--json"))
+    (tensor,) = (t for t in found["tensors"] if t["equal"] < t["elements"])
+    assert (tensor["name"], tensor["elements"] - tensor["equal"]) == (GATE_UP, 1)
+    assert [f["where"] for f in found["findings"]] == [GATE_UP]
+
+
+def test_what_is_no_checkpoint(originals: dict[str, Path], tmp_path: Path, invoke: Run) -> None:
+    done = invoke("verify", originals["bf16"], tmp_path / "nothing")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    done = invoke("verify")
+    assert done.returncode == 2
+
+
+def test_the_page(forms: dict[str, Path], tmp_path: Path, invoke: Run) -> None:
+    """Every tensor has a cell, what differs is coloured, names are escaped, nothing is fetched."""
+    bad = damaged(forms["bf16"], tmp_path / "<bad>", DOWN, lambda t: t * 2)
+    page = tmp_path / "page.html"
+    done = invoke("verify", forms["mxfp4"], bad, "--html", page)
+    assert done.returncode == MISMATCH
+    text = page.read_text()
+    assert "<bad>" not in text
+    assert "&lt;bad&gt;" in text
+    titles = re.findall(r"class=cell style='background:(\S+)' title='([^']*): (\S+)'", text)
+    cells = {name: (color, told) for color, name, told in titles}
+    assert cells.keys() == tensors_of(forms["bf16"]).keys()
+    different = {name for name, (color, told) in cells.items() if told != "equal"}
+    assert different == {DOWN}
+    assert cells[DOWN][1] == "1"
+    assert len({color for color, _ in cells.values()}) == 2
+    assert not re.search(r"(src|href)=|https?://|@import|url\(", text)
