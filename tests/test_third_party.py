@@ -578,7 +578,9 @@ def one_rank() -> Any:
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
-    shim = runpy.run_path(str(TESTS / "support" / "cpu_shim.py"))
+    shim = runpy.run_path(
+        str(TESTS.parent / "plugins" / "gptoss_plugins" / "gpt_model" / "cpu_shim.py")
+    )
     try:
         with shim["cuda_means_cpu"](), torch.no_grad():
             yield

@@ -327,11 +327,10 @@ def test_ghost_index_keys(originals: dict[str, Path], tmp_path: Path, invoke: Ru
 
 def test_padding_that_is_not_zero(legacy: Path, tmp_path: Path, invoke: Run) -> None:
     bad = Path(shutil.copytree(legacy, tmp_path / "bad"))
-    path = min(bad.glob("iter_*/mp_rank_01*/model_optim_rng.pt"))
-    stored = torch.load(path, weights_only=False)
-    table = stored["model"]["output_layer.weight"]
-    table[-1, 3] = 0.25
-    torch.save(stored, path)
+    for path in bad.glob("iter_*/mp_rank_01*/model_optim_rng.pt"):
+        stored = torch.load(path, weights_only=False)
+        stored["model"]["output_layer.weight"][-1, 3] = 0.25
+        torch.save(stored, path)
     done = invoke("verify", bad)
     assert done.returncode == MISMATCH
     assert "vocabulary padding that is not zero: 1 of the" in done.stdout

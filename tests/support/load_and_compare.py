@@ -27,7 +27,6 @@ warnings.filterwarnings("ignore")
 import torch
 import torch.distributed as dist
 import yaml
-from cpu_shim import cuda_means_cpu
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -43,6 +42,7 @@ from gptoss_plugins.gpt_model.build import (
     load_checkpoint,
 )
 from gptoss_plugins.gpt_model.config import make_config
+from gptoss_plugins.gpt_model.cpu_shim import cuda_means_cpu
 
 SECOND_NAMES = {"mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight"}
 

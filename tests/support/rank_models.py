@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from cpu_shim import cuda_means_cpu
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -23,6 +22,7 @@ from tiny_gptoss import YARN, megatron_fields
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gptoss_plugins.gpt_model.build import build_gpt_model
+from gptoss_plugins.gpt_model.cpu_shim import cuda_means_cpu
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

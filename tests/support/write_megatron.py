@@ -19,13 +19,13 @@ warnings.filterwarnings("ignore")
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from cpu_shim import cuda_means_cpu
 from load_and_compare import stock_model
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import torch as strategies
 
 from gptoss_plugins.gpt_model.build import build_gpt_model, initialize_parallel, load_checkpoint
+from gptoss_plugins.gpt_model.cpu_shim import cuda_means_cpu
 from gptoss_plugins.gptoss import megatron_config
 
 

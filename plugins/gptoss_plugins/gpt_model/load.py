@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from gptoss_convert.errors import CheckpointError, PlanError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from megatron.core.models.gpt.gpt_model import GPTModel
 
@@ -23,7 +24,7 @@ _SECOND_NAME = ".mlp.linear_fc1.layer_norm_weight"
 Shapes = dict[str, tuple[int, ...]]
 
 
-def load_checkpoint(model: GPTModel, folder: str | Path) -> None:
+def load_checkpoint(model: GPTModel | Sequence[GPTModel], folder: str | Path) -> None:
     """Read this rank's part of ``folder`` into ``model``, in the parameters' dtype.
 
     Every parameter must be stored in its full shape, and every stored tensor must be the model's.
@@ -31,7 +32,7 @@ def load_checkpoint(model: GPTModel, folder: str | Path) -> None:
     call this together, and all raise if one finds a misfit; nothing is read before that is known.
 
     Args:
-        model: as built by ``build_gpt_model``.
+        model: as built by ``build_gpt_model``; all chunks of this rank's, in a virtual pipeline.
         folder: an ``iter_*`` folder, or the root that names its latest one.
 
     Raises:
@@ -40,15 +41,20 @@ def load_checkpoint(model: GPTModel, folder: str | Path) -> None:
 
     """
     place = iteration_folder(Path(folder))
+    chunks = model if isinstance(model, Sequence) else [model]
     wanted = {
-        name: shard
-        for name, shard in model.sharded_state_dict(metadata=_metadata(place)).items()
-        if not isinstance(shard, ShardedObject)
+        f"model{number}": {
+            name: shard
+            for name, shard in chunk.sharded_state_dict(metadata=_metadata(place)).items()
+            if not isinstance(shard, ShardedObject)
+        }
+        for number, chunk in enumerate(chunks)
     }
-    _check(wanted, place)
-    loaded = dist_checkpointing.load({"model": wanted}, str(place))["model"]
-    extra = {name: None for name in model.state_dict() if name.endswith("._extra_state")}
-    model.load_state_dict(extra | loaded, strict=True)
+    _check([shard for shards in wanted.values() for shard in shards.values()], place)
+    loaded = dist_checkpointing.load(wanted, str(place))
+    for number, chunk in enumerate(chunks):
+        extra = {name: None for name in chunk.state_dict() if name.endswith("._extra_state")}
+        chunk.load_state_dict(extra | loaded[f"model{number}"], strict=True)
 
 
 def iteration_folder(folder: Path) -> Path:
@@ -68,7 +74,7 @@ def _metadata(folder: Path) -> dict[str, Any]:
     return {**stored, "dp_cp_group": replicas}
 
 
-def _check(wanted: Mapping[str, Any], folder: Path) -> None:
+def _check(wanted: Sequence[Any], folder: Path) -> None:
     """Raise, on every rank alike, unless the checkpoint holds the whole model and no more."""
     metadata = dist_checkpointing.load_tensors_metadata(str(folder))
     stored = {key: tuple(shard.global_shape) for key, shard in metadata.items()}
@@ -81,10 +87,10 @@ def _check(wanted: Mapping[str, Any], folder: Path) -> None:
         raise PlanError(str(folder), problems)
 
 
-def _whole_shapes(wanted: Mapping[str, Any]) -> Shapes:
+def _whole_shapes(wanted: Sequence[Any]) -> Shapes:
     """Checkpoint key -> shape of the whole tensor; () where padding may differ (vocabulary)."""
     shapes: Shapes = {}
-    for shard in wanted.values():
+    for shard in wanted:
         for part in shard.build() if isinstance(shard, ShardedTensorFactory) else [shard]:
             shapes[part.key] = () if part.allow_shape_mismatch else tuple(part.global_shape)
     return shapes

@@ -4,7 +4,7 @@ megatron-core asks for CUDA by name in its collectives, its pipeline schedules a
 Inside ``cuda_means_cpu()`` such requests are answered by the CPU: a ``TorchFunctionMode`` (public
 API) rewrites ``device="cuda"`` in every torch call, and a few functions of ``torch.cuda`` that raise
 without a driver are replaced for as long as the block lasts. Nothing in megatron-core is touched.
-For tests only: a GPU program run inside it would be a CPU program.
+For CPUs only: a GPU program run inside it would be a CPU program.
 """
 
 from __future__ import annotations

@@ -1,0 +1,171 @@
+"""``gptoss-convert roundtrip``: a Megatron checkpoint in the real parallel model, and back."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gptoss_convert import hookimpl
+from gptoss_convert.errors import ConfigError
+from gptoss_convert.options import (
+    common_options,
+    hf_model_option,
+    layout_options,
+    megatron_option,
+    revision_option,
+    torch_dtype_option,
+)
+from gptoss_convert.program import choice_of, echo_json, layout_of, registry_of, required
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from gptoss_plugins.roundtrip.running import Outcome
+
+MISMATCH = 3
+
+
+@click.command("roundtrip")
+@hf_model_option
+@revision_option
+@megatron_option
+@layout_options
+@torch_dtype_option
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="CUDA where there is one.")
+@click.option(
+    "--logits/--no-logits",
+    default=True,
+    show_default=True,
+    help="Run both models, too. Rank 0 then also holds transformers' model.",
+)
+@click.option(
+    "--prompt-length",
+    type=click.IntRange(2),
+    default=300,
+    show_default=True,
+    help="Tokens; the sliding window has 128, YaRN's original length is 4096.",
+)
+@click.option(
+    "--logits-tolerance",
+    type=click.FloatRange(0),
+    help="Relative error of the logits; 1e-4 in float32, 0.1 in bfloat16 if left out.",
+)
+@click.option("--trust-remote-code", is_flag=True, help="Let transformers run the folder's code.")
+@common_options
+@click.pass_context
+def roundtrip(
+    ctx: click.Context,
+    /,
+    hf_model: str | None,
+    hf_revision: str | None,
+    megatron_path: Path | None,
+    torch_dtype: str | None,
+    device: str | None,
+    logits: bool,
+    prompt_length: int,
+    logits_tolerance: float | None,
+    trust_remote_code: bool,
+    as_json: bool,
+    **rest: Any,
+) -> None:
+    """Megatron checkpoint -> the parallel GPTModel -> Hugging Face's tensors, compared.
+
+    Loads --megatron-path into the model that trains, spread as --tp, --pp, --vpp and --ep say,
+    gathers the weights from all ranks, and holds every tensor and the logits against --hf-model. Run
+    it alone, or with python -m torch.distributed.run --nproc_per_node=N. Exit code 3 if something
+    does not match.
+    """
+    import torch
+
+    from gptoss_convert.dtypes import from_torch_name
+    from gptoss_convert.dtypes import torch_dtype as as_torch
+    from gptoss_convert.logical import open_logical
+
+    _require_megatron()
+    from gptoss_plugins.roundtrip.running import round_trip, world_of
+
+    registry, choice, layout = registry_of(ctx), choice_of(**rest), layout_of(**rest)
+    model = open_logical(
+        required(hf_model, "--hf-model-id"), registry, choice, revision=hf_revision
+    )
+    checkpoint = open_logical(
+        required(megatron_path, "--megatron-path"), registry, choice, config=model.config
+    )
+    _require_fit(model, checkpoint)
+    on_gpu = device == "cuda" or (device is None and torch.cuda.is_available())
+    dtype = as_torch(from_torch_name(torch_dtype or ("bfloat16" if on_gpu else "float32")))
+    with world_of(layout, device) as place:
+        outcome = round_trip(
+            model,
+            checkpoint,
+            layout,
+            registry,
+            place,
+            dtype=dtype,
+            prompt_length=prompt_length if logits else None,
+            limit=logits_tolerance,
+            trust_remote_code=trust_remote_code,
+        )
+    if outcome is None:
+        return
+    echo_json(outcome.to_json()) if as_json else _print(outcome)
+    if not outcome.is_good:
+        ctx.exit(MISMATCH)
+
+
+def _require_megatron() -> None:
+    for name in ("megatron.core", "transformers"):
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            raise ConfigError(
+                f"roundtrip runs both models, and {name} is not installed: "
+                f"pip install 'gptoss-convert[megatron,transformers]'"
+            ) from None
+
+
+def _require_fit(*checkpoints: Any) -> None:
+    from gptoss_convert.errors import PlanError
+
+    for one in checkpoints:
+        if one.problems:
+            raise PlanError(str(one.source.path), one.problems)
+
+
+def _print(outcome: Outcome) -> None:
+    """A row per tensor, then the logits."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("tensor", no_wrap=True)
+    for name in ("shape", "dtype", "match"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in outcome.rows:
+        match = "yes" if row.match else f"NO, off by {row.max_error:.3g}"
+        table.add_row(row.name, str(list(row.shape)), row.dtype, match)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    wrong = sum(not row.match for row in outcome.rows)
+    count = len(outcome.rows)
+    click.echo(
+        f"{count - wrong} of {count} tensors match; {outcome.world} ranks ({outcome.layout}), model in "
+        f"{outcome.dtype}, {outcome.seconds:.1f} s"
+    )
+    if found := outcome.logits:
+        verdict = "ok" if found["relative_error"] <= outcome.limit else "TOO FAR"
+        click.echo(
+            f"logits of {found['positions']} positions: {verdict}, relative error "
+            f"{found['relative_error']:.3g} (limit {outcome.limit:g}), largest {found['max_error']:.3g}, "
+            f"cosine {found['cosine']:.8f}, KL {found['kl_mean']:.3g}, same most likely token at "
+            f"{found['argmax_agreement']:.2%}"
+        )
+
+
+@hookimpl
+def gptoss_convert_commands() -> Iterator[click.Command]:
+    """One."""
+    yield roundtrip
