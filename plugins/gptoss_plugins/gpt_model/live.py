@@ -7,13 +7,16 @@ description of its shards: what is gathered here and loaded by megatron-core was
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from gptoss_convert.errors import ConfigError
-from gptoss_convert.layout import Layout, Parameter, Piece, Rank, join, pieces, take
+from gptoss_convert import logical
+from gptoss_convert.layout import Layout, Parameter, Piece, join, pieces, take
+from gptoss_convert.scratch import Scratch
+from gptoss_plugins.gpt_model.build import build_gpt_model, load_checkpoint
+from gptoss_plugins.gpt_model.world import coordinates
 from gptoss_plugins.megatron.legacy.names import LOCAL_GROUPED, stored_names
 
 if TYPE_CHECKING:
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
     from torch import Tensor
 
+    from gptoss_convert.logical import Logical
+    from gptoss_convert.plan import Step
+    from gptoss_convert.registry import Registry
     from gptoss_convert.stages import Chunk
     from gptoss_convert.types import Resharder
 
@@ -100,22 +106,62 @@ class LiveModel:
         return device
 
 
-def coordinates(number: int, world: int, layout: Layout) -> Rank:
-    """A rank's place; in a world larger than the layout needs, every stage's ranks are repeated."""
-    stage, within = divmod(number, world // layout.pp)
-    each = layout.ranks_per_stage
-    return list(layout.coordinates())[stage * each + within % each]
+def build_live(
+    fields: Mapping[str, Any],
+    checkpoint: Logical,
+    layout: Layout,
+    registry: Registry,
+    place: torch.device,
+    dtype: torch.dtype,
+) -> LiveModel:
+    """Build this rank's part of a model and load it.
+
+    Args:
+        fields: the model in Megatron's names.
+        checkpoint: a Megatron checkpoint; megatron-core loads ``torch_dist``, the rest is cut here.
+        layout: of the ranks there are.
+        registry: the plugins, for how the layout cuts.
+        place: this rank's device.
+        dtype: of the model.
+
+    Raises:
+        ConvertError: the layout does not divide the model, or the checkpoint is another model's.
+
+    """
+    layers = fields["num_layers"]
+    me = coordinates(dist.get_rank(), dist.get_world_size(), layout)
+    mine = [chunk for chunk in layout.chunks(layers) if chunk.pp == me.pp]
+    overrides = {
+        "num_layers_in_first_pipeline_stage": layout.first,
+        "num_layers_in_last_pipeline_stage": layout.last,
+    }
+    fields = {**fields, "vocab_size": layout.padded(fields["vocab_size"])}
+    built = [
+        build_gpt_model(
+            fields,
+            dtype=dtype,
+            device=place,
+            vp_stage=chunk.number if layout.vpp > 1 else None,
+            overrides=overrides,
+        )
+        for chunk in mine
+    ]
+    live = LiveModel(list(zip(mine, built, strict=True)), layout, layers, registry.resharders())
+    if checkpoint.format == "torch_dist":
+        load_checkpoint(built, checkpoint.source.path)
+    else:
+        for step in checkpoint.steps.values():
+            live.fill(parameter_of(step, layers), _whole(checkpoint, step))
+    return live
 
 
-def require_world(layout: Layout, world: int) -> None:
-    """Raise ConfigError unless the ranks there are make up the layout."""
-    if layout.etp > 1:
-        raise ConfigError(
-            f"--etp {layout.etp}: megatron-core computes no experts with biases under expert tensor "
-            f"parallelism; leave --etp out"
-        )
-    if world % layout.world:
-        raise ConfigError(
-            f"{layout} needs {layout.world} processes, or a multiple of that, and there are {world}; "
-            f"start them with python -m torch.distributed.run --nproc_per_node={layout.world}"
-        )
+def parameter_of(step: Step, layers: int) -> Parameter:
+    """The Megatron parameter that a step reads."""
+    found = step.inputs[0]
+    return Parameter.of(step.rule, found.name, found.spec.shape, step.layer, layers)
+
+
+def _whole(of: Logical, step: Step) -> Tensor:
+    ((piece, _),) = logical.pieces(step, None, 1 << 62)
+    (tensor,) = logical.read(of, piece, Scratch(), in_order=True).tensors
+    return tensor

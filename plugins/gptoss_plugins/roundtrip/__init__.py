@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -54,7 +55,6 @@ MISMATCH = 3
     type=click.FloatRange(0),
     help="Relative error of the logits; 1e-4 in float32, 0.1 in bfloat16 if left out.",
 )
-@click.option("--trust-remote-code", is_flag=True, help="Let transformers run the folder's code.")
 @common_options
 @click.pass_context
 def roundtrip(
@@ -68,7 +68,6 @@ def roundtrip(
     logits: bool,
     prompt_length: int,
     logits_tolerance: float | None,
-    trust_remote_code: bool,
     as_json: bool,
     **rest: Any,
 ) -> None:
@@ -86,7 +85,10 @@ def roundtrip(
     from gptoss_convert.logical import open_logical
 
     _require_megatron()
-    from gptoss_plugins.roundtrip.running import round_trip, world_of
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that Transformer Engine and Apex are not installed
+        from gptoss_plugins.gpt_model.world import world_of
+        from gptoss_plugins.roundtrip.running import round_trip
 
     registry, choice, layout = registry_of(ctx), choice_of(**rest), layout_of(**rest)
     model = open_logical(
@@ -108,7 +110,6 @@ def roundtrip(
             dtype=dtype,
             prompt_length=prompt_length if logits else None,
             limit=logits_tolerance,
-            trust_remote_code=trust_remote_code,
         )
     if outcome is None:
         return
@@ -119,13 +120,11 @@ def roundtrip(
 
 def _require_megatron() -> None:
     for name in ("megatron.core", "transformers"):
-        try:
-            importlib.import_module(name)
-        except ImportError:
+        if not importlib.util.find_spec(name.partition(".")[0]):
             raise ConfigError(
                 f"roundtrip runs both models, and {name} is not installed: "
                 f"pip install 'gptoss-convert[megatron,transformers]'"
-            ) from None
+            )
 
 
 def _require_fit(*checkpoints: Any) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,18 +10,10 @@ import torch
 import torch.distributed as dist
 
 from gptoss_convert.compare import difference
-from gptoss_convert.layout import Parameter
 from gptoss_convert.logical import Logical, Part, in_common, pieces, read
 from gptoss_convert.scratch import Scratch
-from gptoss_plugins.gpt_model.build import (
-    build_gpt_model,
-    initialize_parallel,
-    load_checkpoint,
-    shut_down_parallel,
-)
-from gptoss_plugins.gpt_model.cpu_shim import cuda_means_cpu
 from gptoss_plugins.gpt_model.forward import logits
-from gptoss_plugins.gpt_model.live import LiveModel, coordinates, require_world
+from gptoss_plugins.gpt_model.live import LiveModel, build_live, parameter_of
 from gptoss_plugins.verify.logits import LIMITS, compare_logits, hugging_face_logits, prompt
 
 if TYPE_CHECKING:
@@ -99,27 +89,6 @@ class Outcome:
         }
 
 
-@contextlib.contextmanager
-def world_of(layout: Layout, device: str | None) -> Iterator[torch.device]:
-    """The ranks, joined in a layout; on CPUs megatron-core's calls for CUDA mean the CPU."""
-    place = initialize_parallel(
-        layout.tp,
-        layout.pp,
-        layout.ep,
-        vpp=layout.vpp if layout.vpp > 1 else None,
-        device=device,
-    )
-    try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")  # of megatron-core and torch, to their own developers
-            if place.type == "cpu":
-                stack.enter_context(cuda_means_cpu())
-            yield place
-    finally:
-        shut_down_parallel()
-
-
 def round_trip(
     model: Logical,
     checkpoint: Logical,
@@ -130,11 +99,10 @@ def round_trip(
     dtype: torch.dtype,
     prompt_length: int | None,
     limit: float | None = None,
-    trust_remote_code: bool = False,
 ) -> Outcome | None:
     """Load a Megatron checkpoint into the parallel model, gather it, compare it.
 
-    All ranks call this together, within :func:`world_of`.
+    All ranks call this together, within ``world.world_of``.
 
     Args:
         model: the Hugging Face checkpoint.
@@ -145,7 +113,6 @@ def round_trip(
         dtype: of the model.
         prompt_length: tokens to compare logits on; None for no logits.
         limit: the relative error that the logits may have; by default what the type allows.
-        trust_remote_code: for transformers.
 
     Returns:
         what was found, on rank 0; None elsewhere.
@@ -156,11 +123,11 @@ def round_trip(
     """
     started = time.monotonic()
     world = dist.get_world_size()
-    require_world(layout, world)
-    live = _built(model, checkpoint, layout, registry, place, dtype)
+    live = build_live(model.fields, checkpoint, layout, registry, place, dtype)
+    layers = model.fields["num_layers"]
     outcome = Outcome(world, layout, str(dtype).removeprefix("torch."))
     for key, step in checkpoint.steps.items():
-        parameter = _parameter(step, model)
+        parameter = parameter_of(step, layers)
         whole = live.whole(parameter)
         if whole is not None:
             outcome.rows += _rows(key, model, step, whole.cpu())
@@ -174,60 +141,11 @@ def round_trip(
                 dtype=dtype,
                 device=place,
                 quantized=model.codec is not None,
-                trust_remote_code=trust_remote_code,
             )
             outcome.logits = compare_logits(theirs, ours)
             outcome.limit = LIMITS[dtype] if limit is None else limit
     outcome.seconds = time.monotonic() - started
     return outcome if dist.get_rank() == 0 else None
-
-
-def _built(
-    model: Logical,
-    checkpoint: Logical,
-    layout: Layout,
-    registry: Registry,
-    place: torch.device,
-    dtype: torch.dtype,
-) -> LiveModel:
-    """This rank's part, loaded."""
-    layers = model.fields["num_layers"]
-    me = coordinates(dist.get_rank(), dist.get_world_size(), layout)
-    mine = [chunk for chunk in layout.chunks(layers) if chunk.pp == me.pp]
-    overrides = {
-        "num_layers_in_first_pipeline_stage": layout.first,
-        "num_layers_in_last_pipeline_stage": layout.last,
-    }
-    fields = {**model.fields, "vocab_size": layout.padded(model.fields["vocab_size"])}
-    built = [
-        build_gpt_model(
-            fields,
-            dtype=dtype,
-            device=place,
-            vp_stage=chunk.number if layout.vpp > 1 else None,
-            overrides=overrides,
-        )
-        for chunk in mine
-    ]
-    live = LiveModel(list(zip(mine, built, strict=True)), layout, layers, registry.resharders())
-    if checkpoint.format == "torch_dist":
-        load_checkpoint(built, checkpoint.source.path)
-    else:
-        for step in checkpoint.steps.values():
-            live.fill(_parameter(step, model), _whole(checkpoint, step))
-    return live
-
-
-def _parameter(step: Step, model: Logical) -> Parameter:
-    found = step.inputs[0]
-    shape = found.spec.shape
-    return Parameter.of(step.rule, found.name, shape, step.layer, model.fields["num_layers"])
-
-
-def _whole(of: Logical, step: Step) -> torch.Tensor:
-    ((piece, _),) = pieces(step, None, 1 << 62)
-    (tensor,) = read(of, piece, Scratch(), in_order=True).tensors
-    return tensor
 
 
 def _rows(key: tuple[str, ...], model: Logical, step: Step, whole: torch.Tensor) -> Iterator[Row]:

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gptoss_convert import hookimpl
-from gptoss_convert.options import Checkpoint, common_options, hf_model_option, revision_option
+from gptoss_convert.options import (
+    Checkpoint,
+    common_options,
+    hf_model_option,
+    revision_option,
+    torch_dtype_option,
+)
 from gptoss_convert.program import choice_of, echo_json, registry_of
 
 if TYPE_CHECKING:
@@ -35,6 +41,26 @@ MISMATCH = 3
     show_default=True,
     help="Relative error (RMS) up to which a tensor counts as the same.",
 )
+@click.option(
+    "--logits",
+    is_flag=True,
+    help="Run both models on a prompt: transformers' for Hugging Face's checkpoints, megatron-core's "
+    "GPTModel for Megatron's.",
+)
+@click.option(
+    "--prompt-length",
+    type=click.IntRange(2),
+    default=300,
+    show_default=True,
+    help="Tokens; the sliding window has 128, YaRN's original length is 4096.",
+)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Of the models; CUDA if there.")
+@click.option(
+    "--logits-tolerance",
+    type=click.FloatRange(0),
+    help="Relative error of the logits; 1e-4 in float32, 0.1 in bfloat16 if left out.",
+)
+@torch_dtype_option
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page too.")
 @hf_model_option
 @revision_option
@@ -49,6 +75,11 @@ def verify(
     second: str | None,
     values: bool | None,
     tolerance: float,
+    logits: bool,
+    prompt_length: int,
+    device: str | None,
+    logits_tolerance: float | None,
+    torch_dtype: str | None,
     html: Path | None,
     hf_model: str | None,
     hf_revision: str | None,
@@ -73,6 +104,8 @@ def verify(
     from gptoss_plugins.verify.values import nbytes
 
     registry, choice = registry_of(ctx), choice_of(**rest)
+    if logits and not second:
+        raise click.UsageError("--logits compares two checkpoints; name a second one")
     paths = (first, second) if second else (first,)
     report = Report(paths, tolerance=tolerance)
     reference = None
@@ -96,6 +129,19 @@ def verify(
                 values=wanted,
                 workers=workers,
                 progress=progress,
+            )
+        if logits and other:
+            from gptoss_plugins.verify.logits import check_logits
+
+            check_logits(
+                one,
+                other,
+                report,
+                registry,
+                length=prompt_length,
+                dtype=torch_dtype,
+                device=device,
+                limit=logits_tolerance,
             )
     if html:
         from gptoss_plugins.verify.page import write_page

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
+import time
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gptoss_convert.dtypes import from_torch_name, torch_dtype
 from gptoss_convert.errors import ConvertError
+from gptoss_convert.layout import Layout
+from gptoss_convert.types import Finding
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
+
+    from gptoss_convert.logical import Logical
+    from gptoss_convert.registry import Registry
+    from gptoss_plugins.verify.checking import Report
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}  # of the relative error
 
@@ -31,7 +40,6 @@ def hugging_face_logits(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     quantized: bool = False,
-    trust_remote_code: bool = False,
 ) -> Tensor:
     """What transformers' own model makes of a prompt, float32 ``[tokens, vocabulary]`` on the CPU.
 
@@ -41,16 +49,18 @@ def hugging_face_logits(
         dtype: of the computation.
         device: where to compute.
         quantized: whether the checkpoint is in MXFP4, which is decoded when it is loaded.
-        trust_remote_code: run code that lies in the checkpoint; transformers' own by default.
 
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config
+    from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config, utils
 
+    utils.logging.disable_progress_bar()
     more = {"quantization_config": Mxfp4Config(dequantize=True)} if quantized else {}
-    where = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    where = {"trust_remote_code": False, "local_files_only": True}  # no code of the folder is run
     try:
         config = AutoConfig.from_pretrained(folder, **where)
-        if (config.pad_token_id or 0) >= config.vocab_size:  # a vocabulary cut short, to try things out
+        if (
+            config.pad_token_id or 0
+        ) >= config.vocab_size:  # a vocabulary cut short, to try things out
             config.pad_token_id = None
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -70,6 +80,85 @@ def hugging_face_logits(
     model = model.to(device=device, dtype=dtype).eval()
     made: Tensor = model(ids.to(device)).logits[0].float().cpu()
     return made
+
+
+def logits_of(
+    of: Logical,
+    ids: Tensor,
+    registry: Registry,
+    *,
+    dtype: torch.dtype,
+    device: str | None = None,
+) -> Tensor:
+    """A checkpoint's logits: transformers' model for Hugging Face's, GPTModel for Megatron's.
+
+    Args:
+        of: the checkpoint.
+        ids: ``[1, tokens]``.
+        registry: the plugins.
+        dtype: of the computation.
+        device: ``cpu`` or ``cuda``; CUDA where there is one.
+
+    Returns:
+        float32 ``[tokens, vocabulary]`` on the CPU.
+
+    """
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if of.side == "hf":
+        return hugging_face_logits(
+            of.source.path,
+            ids,
+            dtype=dtype,
+            device=place,
+            quantized=of.codec is not None,
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that Transformer Engine and Apex are not installed
+        from gptoss_plugins.gpt_model.forward import logits
+        from gptoss_plugins.gpt_model.live import build_live
+        from gptoss_plugins.gpt_model.world import world_of
+
+    alone = Layout()
+    with world_of(alone, place) as here:
+        live = build_live(of.fields, of, alone, registry, here, dtype)
+        made = logits([model for _, model in live.chunks], ids.to(here))
+        assert made is not None
+        return made[0, :, : of.fields["vocab_size"]].float().cpu()
+
+
+def check_logits(
+    first: Logical,
+    second: Logical,
+    report: Report,
+    registry: Registry,
+    *,
+    length: int,
+    dtype: str | None,
+    device: str | None,
+    limit: float | None,
+) -> None:
+    """Run both models one after the other, and add to a report how far apart they are."""
+    if any(one.problems for one in (first, second)):
+        return  # no model could be built, and the report says why
+    on_gpu = device == "cuda" or (device is None and torch.cuda.is_available())
+    kind = torch_dtype(from_torch_name(dtype or ("bfloat16" if on_gpu else "float32")))
+    started = time.monotonic()
+    ids = prompt(min(one.fields["vocab_size"] for one in (first, second)), length)
+    made = [logits_of(one, ids, registry, dtype=kind, device=device) for one in (first, second)]
+    most = LIMITS[kind] if limit is None else limit
+    found = compare_logits(*made)
+    report.logits = {"dtype": str(kind).removeprefix("torch."), "limit": most, **found}
+    if not found["relative_error"] <= most:
+        report.findings.append(
+            Finding(
+                "error",
+                "logits",
+                f"differ by a relative error of {found['relative_error']:.3g} on {length} tokens, and "
+                f"have the same most likely token at {found['argmax_agreement']:.1%} of them",
+                "the models compute different things; see which tensors or fields differ",
+            )
+        )
+    report.seconds += time.monotonic() - started
 
 
 def compare_logits(first: Tensor, second: Tensor) -> dict[str, Any]:

@@ -90,7 +90,11 @@ def _print_tensors(report: Report) -> None:
 
 
 def _print_logits(report: Report) -> None:
-    assert report.logits is not None
-    for name, value in report.logits.items():
-        if not isinstance(value, (list, dict)):
-            click.echo(f"logits, {name.replace('_', ' ')}: {value}")
+    found = report.logits
+    assert found is not None
+    click.echo(
+        f"logits of {found['positions']} positions in {found['dtype']}: relative error "
+        f"{found['relative_error']:.3g} (limit {found['limit']:g}), largest {found['max_error']:.3g}, "
+        f"median {found['median_error']:.3g}, cosine {found['cosine']:.8f}, KL {found['kl_mean']:.3g}, "
+        f"same most likely token at {found['argmax_agreement']:.2%}"
+    )

@@ -1,0 +1,67 @@
+"""The processes of a parallel layout: joined, counted, and each one's place in it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from typing import TYPE_CHECKING
+
+from gptoss_convert.errors import ConfigError
+from gptoss_plugins.gpt_model.cpu_shim import cuda_means_cpu
+from gptoss_plugins.gpt_model.parallel import initialize_parallel, shut_down_parallel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from gptoss_convert.layout import Layout, Rank
+
+
+@contextlib.contextmanager
+def world_of(layout: Layout, device: str | None) -> Iterator[torch.device]:
+    """The ranks, joined in a layout; on CPUs megatron-core's calls for CUDA mean the CPU.
+
+    Raises:
+        ConfigError: there are not as many ranks as the layout needs.
+
+    """
+    require_world(layout, int(os.environ.get("WORLD_SIZE", "1")))
+    place = initialize_parallel(
+        layout.tp,
+        layout.pp,
+        layout.ep,
+        vpp=layout.vpp if layout.vpp > 1 else None,
+        device=device,
+    )
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")  # of megatron-core and torch, to their own developers
+            if place.type == "cpu":
+                stack.enter_context(cuda_means_cpu())
+            yield place
+    finally:
+        shut_down_parallel()
+
+
+def coordinates(number: int, world: int, layout: Layout) -> Rank:
+    """A rank's place; in a world larger than the layout needs, every stage's ranks are repeated."""
+    stage, within = divmod(number, world // layout.pp)
+    each = layout.ranks_per_stage
+    return list(layout.coordinates())[stage * each + within % each]
+
+
+def require_world(layout: Layout, world: int) -> None:
+    """Raise ConfigError unless the ranks there are make up the layout."""
+    if layout.etp > 1:
+        raise ConfigError(
+            f"--etp {layout.etp}: megatron-core computes no experts with biases under expert tensor "
+            f"parallelism; leave --etp out"
+        )
+    if world % layout.world:
+        raise ConfigError(
+            f"{layout} needs {layout.world} processes, or a multiple of that, and there are {world}; "
+            f"start them with python -m torch.distributed.run --nproc_per_node={layout.world}"
+        )
