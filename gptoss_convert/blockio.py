@@ -13,15 +13,18 @@ import random
 import threading
 from typing import TYPE_CHECKING
 
+from gptoss_convert.checksums import Summing, current_listener
 from gptoss_convert.errors import CheckpointError
 from gptoss_convert.scratch import PAGE, page_aligned, round_up
 from gptoss_convert.transpose import copy
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from torch import Tensor
 
+    from gptoss_convert.checksums import Span
     from gptoss_convert.scratch import Scratch
 
 SLOT = 2 << 20  # larger ones are no faster
@@ -64,18 +67,31 @@ class BlockReader:
         start = offset // PAGE * PAGE
         block = scratch.take(round_up(offset + nbytes) - start)
         wanted = offset + nbytes - start
-        view = _buffer(block)
+        self.fill(_buffer(block), start, wanted)
+        return block[offset - start : wanted]
+
+    def fill(self, view: memoryview, start: int, wanted: int) -> None:
+        """Fill whole pages of memory from byte ``start`` on, where a page of the file begins.
+
+        Args:
+            view: the memory; it begins on a page, too.
+            start: first byte.
+            wanted: how many bytes there have to be.
+
+        Raises:
+            CheckpointError: if the file ends before that.
+
+        """
         got = self._from_cache(view, start) if self._in_cache else 0
         while got < wanted:
             reached, got = got, got // PAGE * PAGE
             count = self._past_cache(view[got:], start + got)
             if got + count <= reached:
                 raise CheckpointError(
-                    f"{self.path}: ends before byte {offset + nbytes}; the file is cut short, "
+                    f"{self.path}: ends before byte {start + wanted}; the file is cut short, "
                     f"fetch it again"
                 )
             got += count
-        return block[offset - start : wanted]
 
     def peek(self, offset: int, nbytes: int) -> bytes:
         """A few bytes, by an ordinary read; fewer than asked for at the end of the file."""
@@ -118,19 +134,24 @@ class BlockWriter:
     """Writes one file from front to back, then puts it in place durably.
 
     Bytes are gathered in a ring of aligned slots that a thread of its own writes out, so that
-    making and writing overlap. The file stands under ``PATH.part`` until ``close``.
+    making and writing overlap. The file stands under ``PATH.part`` until ``close``. That thread
+    takes the checksums too, for the manifest: nobody reads the file a second time for them, and
+    nobody may change it afterwards.
 
     Args:
         path: final name.
         nbytes: how long the file will be; space is reserved at once.
+        tensors: where in it they will be, for a checksum of each.
 
     Attributes:
         position: bytes taken so far.
 
     """
 
-    def __init__(self, path: Path, nbytes: int) -> None:
+    def __init__(self, path: Path, nbytes: int, tensors: Iterable[Span] = ()) -> None:
         self.position = 0
+        self._listener = current_listener()
+        self._sums = Summing(tensors) if self._listener else None
         self._path = path
         self._part = path.with_name(path.name + ".part")
         self._fd, self._closed = self._open(), False
@@ -234,6 +255,8 @@ class BlockWriter:
             slot, count, offset = job
             try:
                 if self._error is None:
+                    if self._sums:
+                        self._sums.update(self._views[slot][:count])
                     self._write(self._views[slot][: round_up(count)], offset)
             except BaseException as error:
                 self._error = error
@@ -254,6 +277,8 @@ class BlockWriter:
                 raise self._error
             os.ftruncate(self._fd, self.position)
             os.fsync(self._fd)
+            if self._listener and self._sums:
+                self._listener(self._path, self._sums.total())
         except BaseException:
             self.abort()
             raise
@@ -286,7 +311,16 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes, tensors: Iterable[Span] = ()) -> None:
+    """Write a small file durably, and its checksums down where a conversion keeps them."""
+    if listener := current_listener():
+        sums = Summing(tensors)
+        sums.update(data)
+        listener(path, sums.total())
+    write_note(path, data)
+
+
+def write_note(path: Path, data: bytes) -> None:
     """Write a small file durably: beside its final name, synced, then renamed."""
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)

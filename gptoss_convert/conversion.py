@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import gptoss_convert
-from gptoss_convert.blockio import write_file
+from gptoss_convert.blockio import write_note
 from gptoss_convert.crew import COMMAND, Crew, claim, current_crew
 from gptoss_convert.device import working_on
 from gptoss_convert.dtypes import itemsize
@@ -26,15 +26,18 @@ from gptoss_convert.errors import (
 from gptoss_convert.execute import (
     CLAIM,
     DEFAULT_MAX_MEMORY,
-    FOUND,
-    NOTE,
     Budget,
     Executor,
     Progress,
     default_workers,
     make_budget,
 )
+from gptoss_convert.filesums import sums_in
 from gptoss_convert.loss import Loss, total
+from gptoss_convert.manifest import MANIFEST, Manifest
+from gptoss_convert.notes import FOUND, LOSS, SUMS, Notes
+from gptoss_convert.provenance import origin
+from gptoss_convert.spoiled import Spoiled
 from gptoss_convert.staging import Staging, human
 from gptoss_convert.types import MegatronSink
 
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gptoss_convert")
 COMMIT = ".commit"  # held by the process that puts the result of several in place
+_NOTES = (LOSS, FOUND, SUMS, CLAIM, COMMAND, COMMIT)
 RESIDENT = 432 << 20  # Python with torch and numba, compiling and threads, measured and rounded up
 
 
@@ -171,7 +175,8 @@ class Conversion:
                 log.info("going on with the unfinished %s", staging.folder)
             if command and crew.size > 1:
                 name = f"{COMMAND}{crew.rank}.json"
-                write_file(staging.folder / name, json.dumps(command).encode())
+                write_note(staging.folder / name, json.dumps(command).encode())
+            notes = Notes(staging.folder, Spoiled(keep=bool(self.plan.kept)))
             with working_on(device) as place:
                 executor = Executor(
                     self.plan,
@@ -180,7 +185,7 @@ class Conversion:
                     self.registry.validators().values(),
                     progress,
                     self.hints,
-                    staging.folder,
+                    notes,
                     crew.share(sink.groups),
                     place,
                 )
@@ -190,19 +195,16 @@ class Conversion:
                     f"{self.source.path}: changed while it was being converted; leave it alone and "
                     f"run again"
                 )
-            finished = crew.is_alone or self._ready(crew, sink, staging)
-            executor.spoiled.tell()
+            finished = crew.is_alone or self._ready(crew, sink, executor, staging)
+            notes.spoiled.tell()
             if finished:
                 executor.recall_others()
-                residues = executor.spoiled.residues()
-                if residues and isinstance(sink, MegatronSink):
-                    sink.keep(residues)
-                self._finish(sink, staging)
+                self._finish(sink, notes, staging)
         except BaseException as error:
             _stopped(error, staging, sink, crew)
         staging.release()
         seconds = time.monotonic() - started
-        losses = executor.losses
+        losses = notes.losses
         made = sum(group.nbytes for group in sink.groups)
         return Result(self.plan, staging.target, made, seconds, resumed, losses, finished, device)
 
@@ -227,7 +229,7 @@ class Conversion:
                 found.append(str(error))
         return found
 
-    def _ready(self, crew: Crew, sink: TensorSink, staging: Staging) -> bool:
+    def _ready(self, crew: Crew, sink: TensorSink, executor: Executor, staging: Staging) -> bool:
         """Whether all processes' work is done, and putting it in place falls to this one.
 
         Raises:
@@ -235,7 +237,7 @@ class Conversion:
 
         """
         owners = crew.owners(sink.groups)
-        missing = [group.name for group in sink.groups if not sink.done(group)]
+        missing = [group.name for group in sink.groups if not executor.is_finished(group)]
         if missing and crew.commits_only:
             raise IncompleteError(
                 f"{staging.target}: {len(missing)} of {len(sink.groups)} parts are missing; run the "
@@ -254,11 +256,18 @@ class Conversion:
             return False
         return True  # held until the process ends
 
-    def _finish(self, sink: TensorSink, staging: Staging) -> None:
+    def _finish(self, sink: TensorSink, notes: Notes, staging: Staging) -> None:
         """Write what makes the folder a checkpoint, look at it, and put it in place."""
-        sink.finish()
+        with notes.listening():
+            residues = notes.spoiled.residues()
+            if residues and isinstance(sink, MegatronSink):
+                sink.keep(residues)
+            sink.finish()
+        made = origin(self.plan, self.source, self.hints, self.target_format, self.registry)
+        files = sums_in(staging.folder, notes.sums, leave_out=_NOTES)
+        write_note(staging.folder / MANIFEST, Manifest(made, files).dump())
         self._validate("checkpoint", staging.folder)
-        for prefix in (NOTE, FOUND, CLAIM, COMMAND, COMMIT):
+        for prefix in _NOTES:
             for note in staging.folder.glob(f"{prefix}*"):
                 note.unlink()
         staging.publish()

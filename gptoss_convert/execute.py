@@ -17,7 +17,7 @@ from gptoss_convert.dtypes import torch_dtype
 from gptoss_convert.encoder import Encoder
 from gptoss_convert.errors import ConvertError, MismatchError, ResourceError
 from gptoss_convert.layout import take
-from gptoss_convert.loss import Loss, load, save
+from gptoss_convert.notes import Notes, flat
 from gptoss_convert.ops import Copy
 from gptoss_convert.pieces import Piece, decoded, read_parts, require_equal
 from gptoss_convert.plan import ConversionPlan, Group, Output, Step, step_bytes_in
@@ -26,16 +26,12 @@ from gptoss_convert.spoiled import Spoiled
 from gptoss_convert.staging import human
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
     from gptoss_convert.types import GroupWriter, TensorSink, TensorSource, Validator
 
 DEFAULT_MAX_MEMORY = 1 << 30
 PIECE_BYTES = 8 << 20  # of output; larger pieces win nothing and fragment the heap
-NOTE = ".loss-"  # prefix of the notes on finished groups
-FOUND = ".spoiled-"  # prefix of the notes on what they read that was not finite
 CLAIM = ".claim-"  # prefix of the files by which a process holds a group
 Progress = Callable[[int], None]
 
@@ -150,13 +146,9 @@ class Executor:
         validators: those of stage ``tensor`` see every piece.
         progress: called with the bytes of output just finished, from any thread.
         hints: where the hints that the plan names are read.
-        notes: folder for what a later run must know of finished groups.
+        notes: takes and keeps what is found out about each group.
         device: where to compute.
         groups: those to write; all of the sink's by default. Other processes write the others.
-
-    Attributes:
-        losses: what encoding lost, by tensor.
-        spoiled: what was read that is not finite.
 
     """
 
@@ -168,17 +160,15 @@ class Executor:
         validators: Iterable[Validator] = (),
         progress: Progress = lambda nbytes: None,
         hints: TensorSource | None = None,
-        notes: Path | None = None,
+        notes: Notes | None = None,
         groups: Sequence[Group] | None = None,
         device: Device | None = None,
     ) -> None:
         self._plan, self._source, self._sink = plan, source, sink
-        self._hints, self._notes = hints, notes
+        self._hints, self._notes = hints, notes or Notes(None, Spoiled(keep=False))
         self._device = device or Device()
         self._groups = sink.groups if groups is None else groups
         self._shared = len(self._groups) < len(sink.groups)
-        self.losses: dict[str, Loss] = {}
-        self.spoiled = Spoiled(keep=bool(plan.kept))
         self._validators = [v for v in validators if v.stage == "tensor"]
         self._progress = progress
         self._stop = threading.Event()
@@ -195,7 +185,7 @@ class Executor:
 
         todo: list[Group] = []
         for group in self._groups:
-            if self._sink.done(group) and self._recall(group):
+            if self._sink.done(group) and self._notes.recall(group):
                 self._progress(group.nbytes)
             else:
                 todo.append(group)
@@ -221,17 +211,17 @@ class Executor:
     def _run_group(self, group: Group, budget: Budget, local: threading.local) -> None:
         if self._stop.is_set():
             return
-        with self._alone(group), self._device.at_work():
-            if not (self._shared and self._sink.done(group) and self._recall(group)):
+        with self._alone(group), self._notes.listening(group), self._device.at_work():
+            if not (self._shared and self._sink.done(group) and self._notes.recall(group)):
                 self._write_group(group, budget, local)
 
     @contextlib.contextmanager
     def _alone(self, group: Group) -> Iterator[None]:
         """Hold a group against a process that was started twice."""
-        if not self._shared or self._notes is None:
+        if not self._shared or self._notes.folder is None:
             yield
             return
-        held = claim(self._notes / f"{CLAIM}{_flat(group)}.lock")
+        held = claim(self._notes.folder / f"{CLAIM}{flat(group)}.lock")
         if held is None:
             raise ConvertError(
                 f"{group.name}: another process is writing it; wait for it to end, or stop it"
@@ -253,46 +243,22 @@ class Executor:
                 for of, parts in zip(piece.step.inputs, stored.inputs, strict=True):
                     spoiled.look(of, parts, piece.start, piece.stop)
                 self._convert(piece, stored, memory.made, writer, encoder)
-            self._note(group, encoder.losses, spoiled)
+            self._notes.keep(group, encoder.losses, spoiled)
         except BaseException:
             writer.abort()
             raise
         writer.close()
 
-    def _note(self, group: Group, losses: dict[str, Loss], spoiled: Spoiled) -> None:
-        """Keep what was found out beside the group before it becomes final."""
-        self.losses |= losses
-        self.spoiled.merge(spoiled)
-        if losses and self._notes:
-            save(self._note_of(group), losses)
-        if self._notes:
-            spoiled.save(self._notes / f"{FOUND}{_flat(group)}")
-
-    def _recall(self, group: Group) -> bool:
-        """Take up what was found out when a group was made; False if its losses are gone, so that it
-        is done again.
-
-        They are removed just before the folder is put in place, and a run can end in between.
-        """
-        if self._notes is not None:
-            self.spoiled.load(self._notes / f"{FOUND}{_flat(group)}")
-        if not any(output.codec for step in group.steps for output in step.outputs):
-            return True
-        if self._notes is None or not (path := self._note_of(group)).exists():
-            return False
-        self.losses |= load(path)
-        return True
-
-    def _note_of(self, group: Group) -> Path:
-        assert self._notes is not None
-        return self._notes / f"{NOTE}{_flat(group)}.json"
+    def is_finished(self, group: Group) -> bool:
+        """Whether nobody has to do a group again."""
+        return self._sink.done(group) and self._notes.are_there(group)
 
     def recall_others(self) -> None:
         """Take up what was found out about the groups that other processes wrote."""
         mine = {group.name for group in self._groups}
         for group in self._sink.groups:
             if group.name not in mine:
-                self._recall(group)
+                self._notes.recall(group)
 
     def _read_ahead(
         self, pieces: Sequence[Piece], memory: _Memory
@@ -378,11 +344,6 @@ class Executor:
             for finding in validator.check(self._plan, name, rows, tensor):
                 if finding.severity == "error":
                     raise MismatchError(f"{finding.where}: {finding.what}; {finding.remedy}")
-
-
-def _flat(group: Group) -> str:
-    """A group's name as one file's."""
-    return group.name.replace("/", "-")
 
 
 def _part(tensor: Tensor, output: Output, piece: Piece) -> Tensor:

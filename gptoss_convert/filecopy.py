@@ -8,10 +8,12 @@ from gptoss_convert.blockio import SLOT, BlockReader, BlockWriter
 from gptoss_convert.scratch import Scratch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from torch import Tensor
+
+    from gptoss_convert.checksums import Span
 
 Stretch = tuple[int, int]  # first byte, number of bytes
 
@@ -23,16 +25,21 @@ class FileCopy:
         source: the file to copy from.
         target: the file to make.
         stretches: which bytes, one behind the other; None for all.
+        tensors: where in the file made its tensors are.
 
     """
 
     def __init__(
-        self, source: Path, target: Path, stretches: Sequence[Stretch] | None = None
+        self,
+        source: Path,
+        target: Path,
+        stretches: Sequence[Stretch] | None = None,
+        tensors: Iterable[Span] = (),
     ) -> None:
         self._stretches = [(0, source.stat().st_size)] if stretches is None else stretches
         self._reader = BlockReader(source)
         target.parent.mkdir(parents=True, exist_ok=True)
-        self._writer = BlockWriter(target, sum(size for _, size in self._stretches))
+        self._writer = BlockWriter(target, sum(size for _, size in self._stretches), tensors)
 
     def write(self, name: str, rows: slice, tensor: Tensor) -> None:
         """Never called: there are no steps."""

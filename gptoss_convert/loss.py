@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gptoss_convert.blockio import write_file
+from gptoss_convert.blockio import write_note
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -120,7 +120,7 @@ def total(losses: Iterable[Loss]) -> Loss:
 def save(path: Path, losses: Mapping[str, Loss]) -> None:
     """Put the losses of a group beside it, for a run that goes on from here."""
     text = json.dumps({name: dataclasses.astuple(loss) for name, loss in losses.items()})
-    write_file(path, text.encode())
+    write_note(path, text.encode())
 
 
 def load(path: Path) -> dict[str, Loss]:

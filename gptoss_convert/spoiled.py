@@ -9,7 +9,7 @@ import logging
 import threading
 from typing import TYPE_CHECKING, NamedTuple
 
-from gptoss_convert.blockio import write_file
+from gptoss_convert.blockio import write_note
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -96,7 +96,7 @@ class Spoiled:
             counts = torch.tensor([found.infinite, found.nan])
             tensors |= {f"{key}|counts": counts, f"{key}|at": found.residue.at}
             tensors[f"{key}|rows"] = found.residue.rows.contiguous()
-        write_file(path, save(tensors))
+        write_note(path, save(tensors))
 
     def load(self, path: Path) -> None:
         """Take up what :meth:`save` wrote, if it wrote anything."""

@@ -25,6 +25,7 @@ from torch import Tensor
 from gptoss_convert import execute
 from gptoss_convert.convert import export_checkpoint, import_checkpoint
 from gptoss_convert.errors import CheckpointError
+from gptoss_convert.manifest import MANIFEST
 from gptoss_convert.recode import prepare_dequantize, prepare_quantize
 from gptoss_convert.testing import write_hf_folder
 from gptoss_plugins.huggingface import sink
@@ -111,11 +112,11 @@ def loaded(folder: Path) -> dict[str, Tensor]:
 
 
 def companions(folder: Path) -> dict[str, bytes]:
-    """Everything that is no tensor and no index; config.json is one of them."""
+    """Everything that is no tensor, no index and no manifest; config.json is one of them."""
     return {
         p.name: p.read_bytes()
         for p in folder.iterdir()
-        if p.suffix != ".safetensors" and p.name != INDEX
+        if p.suffix != ".safetensors" and p.name not in (INDEX, MANIFEST)
     }
 
 

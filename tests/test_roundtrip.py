@@ -195,7 +195,7 @@ def test_finely_cut_steps_give_the_same_bytes(tmp_path: Path, monkeypatch, piece
     assert compare(made[1], tmp_path / "a_hf") == 37
     monkeypatch.setattr(execute, "PIECE_BYTES", piece)
     import_checkpoint(tmp_path / "in", tmp_path / "b", workers=3)
-    export_checkpoint(tmp_path / "b", tmp_path / "b_hf", workers=3)
+    export_checkpoint(tmp_path / "a", tmp_path / "b_hf", workers=3)
     for one, two in (("a", "b"), ("a_hf", "b_hf")):
         for file in sorted(p for p in (tmp_path / one).rglob("*") if p.is_file()):
             other = tmp_path / two / file.relative_to(tmp_path / one)

@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from gptoss_convert.blockio import WRITER_BYTES, BlockWriter, write_file
+from gptoss_convert.checksums import Span
 from gptoss_convert.dtypes import from_torch_name, torch_name
 from gptoss_convert.errors import UsageError
 from gptoss_convert.plan import ConversionPlan, Group, Step
@@ -106,24 +107,25 @@ def _same_dtype(value: Any, dtype: str) -> bool:
 class ShardWriter:
     """Tensors must arrive in the header's order; then their bytes only have to be appended."""
 
-    def __init__(self, writer: BlockWriter, specs: Mapping[str, TensorSpec]) -> None:
-        self._writer = writer
-        self._places: dict[str, tuple[int, int]] = {}  # name -> first byte, bytes per row
-        start = writer.position
+    def __init__(self, path: Path, header: bytes, specs: Mapping[str, TensorSpec]) -> None:
+        self._rows = {n: s.nbytes // s.shape[0] if s.shape else 0 for n, s in specs.items()}
+        self._places: dict[str, Span] = {}
+        self._nbytes = len(header)
         for name, spec in specs.items():
-            self._places[name] = start, spec.nbytes // spec.shape[0] if spec.shape else 0
-            start += spec.nbytes
-        self._end = start
+            self._places[name] = Span(name, self._nbytes, spec.nbytes)
+            self._nbytes += spec.nbytes
+        self._writer = BlockWriter(path, self._nbytes, self._places.values())
+        self._writer.append_bytes(header)
 
     def write(self, name: str, rows: slice, tensor: Tensor) -> None:
         """Append the elements."""
-        start, row = self._places[name]
-        self._writer.require(start + rows.start * row, name)
+        place = self._places[name].offset + rows.start * self._rows[name]
+        self._writer.require(place, name)
         self._writer.append(tensor)
 
     def close(self) -> None:
         """Put the shard in place."""
-        self._writer.require(self._end, "the end")
+        self._writer.require(self._nbytes, "the end")
         self._writer.close()
 
     def abort(self) -> None:
@@ -133,9 +135,7 @@ class ShardWriter:
 
 def open_shard(path: Path, group: Group, header: bytes) -> ShardWriter:
     """Start a safetensors file with its header."""
-    writer = BlockWriter(path, len(header) + group.nbytes)
-    writer.append_bytes(header)
-    return ShardWriter(writer, dict(_tensors(group.steps)))
+    return ShardWriter(path, header, dict(_tensors(group.steps)))
 
 
 def _shards(steps: Sequence[Step]) -> Iterator[Group]:

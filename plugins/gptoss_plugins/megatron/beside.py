@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from typing import TYPE_CHECKING
 
 from gptoss_convert.blockio import write_file
+from gptoss_convert.checksums import Span
+from gptoss_convert.errors import CheckpointError
 from gptoss_convert.filecopy import FileCopy
 from gptoss_convert.plan import Group
 from gptoss_plugins.huggingface.headers import read_header
@@ -57,7 +61,8 @@ class Beside:
         path = self._folder / group.name
         if group.steps:
             return open_shard(path, group, shard_header(group))
-        return FileCopy(self._plan.target.attachments[group.name], path)
+        source = self._plan.target.attachments[group.name]
+        return FileCopy(source, path, tensors=_spans_in(source))
 
     def keep(self, residues: Mapping[str, Residue]) -> None:
         """Write a residue beside the parts that are kept."""
@@ -67,12 +72,30 @@ class Beside:
         for name, residue in residues.items():
             tensors |= {name + _AT: residue.at, name + _ROWS: residue.rows}
         (codec,) = self._plan.codecs
-        write_file(self._folder / _residue_file(codec), save(tensors, {"format": "pt"}))
+        data = save(tensors, {"format": "pt"})
+        write_file(self._folder / _residue_file(codec), data, _spans(data))
 
     def finish(self) -> None:
         """The small files."""
         for name, path in self._plan.files.items():
             write_file(self._folder / companion_place(name), path.read_bytes())
+
+
+def _spans(data: bytes) -> list[Span]:
+    """The tensors of a safetensors file of our own."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    table = json.loads(data[8:start])
+    places = {n: facts["data_offsets"] for n, facts in table.items() if n != "__metadata__"}
+    return [Span(name, start + first, end - first) for name, (first, end) in places.items()]
+
+
+def _spans_in(path: Path) -> list[Span]:
+    """The tensors of an attachment; a damaged one is copied as it is, for an export does without."""
+    with contextlib.suppress(CheckpointError):
+        shard = read_header(path)
+        if shard.nbytes == path.stat().st_size:
+            return [Span(n, e.start, e.spec.nbytes) for n, e in shard.entries.items()]
+    return []
 
 
 class Kept(SafetensorsSource):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gptoss_convert.checksums import Span
 from gptoss_convert.ops import split_row_major
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -28,6 +29,7 @@ class Item:
         data_bytes: length of the data that is handed in.
         padding: how many zero bytes follow it, which nobody hands in.
         tail: what goes behind that.
+        name: of the tensor, or the part of one, that data and padding are.
 
     """
 
@@ -36,11 +38,20 @@ class Item:
     data_bytes: int = 0
     padding: int = 0
     tail: bytes = b""
+    name: str = ""
 
     @property
     def end(self) -> int:
         """The first byte behind it."""
         return self.offset + len(self.head) + self.data_bytes + self.padding + len(self.tail)
+
+
+def spans(items: Mapping[str, Sequence[Item]]) -> Iterable[Span]:
+    """Where in a file of items its tensors are."""
+    for item in (item for found in items.values() for item in found):
+        if item.name:
+            start = item.offset + len(item.head)
+            yield Span(item.name, start, item.data_bytes + item.padding)
 
 
 class ItemFile:

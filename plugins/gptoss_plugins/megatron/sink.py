@@ -18,7 +18,7 @@ from gptoss_convert.types import GroupWriter, TensorSpec
 from gptoss_plugins.megatron import folder as names
 from gptoss_plugins.megatron import metadata, sidecars
 from gptoss_plugins.megatron.beside import Beside
-from gptoss_plugins.megatron.items import Item, ItemFile
+from gptoss_plugins.megatron.items import Item, ItemFile, spans
 from gptoss_plugins.megatron.keys import (
     PER_LAYER,
     Chunk,
@@ -51,7 +51,8 @@ class _Item:
     @property
     def item(self) -> Item:
         """The stretch of the file that it is."""
-        return Item(self.at.offset, self.frame.head, self.frame.data_bytes, tail=self.frame.tail)
+        around, name = self.frame, f"{self.chunk.key}{list(self.chunk.offsets)}"
+        return Item(self.at.offset, around.head, around.data_bytes, tail=around.tail, name=name)
 
 
 class TorchDistSink:
@@ -117,9 +118,9 @@ class TorchDistSink:
             return self._state.open(group.name, path)
         if group.name in self._beside.groups:
             return self._beside.open(group)
-        writer = BlockWriter(path, self._file_bytes(group))
         specs = {o.name: o.spec for step in group.steps for o in step.outputs}
         items = {name: [i.item for i in found] for name, found in self._items[group.name].items()}
+        writer = BlockWriter(path, self._file_bytes(group), spans(items))
         return ItemFile(writer, items, specs)
 
     def keep(self, residues: Mapping[str, Residue]) -> None:

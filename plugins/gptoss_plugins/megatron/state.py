@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from gptoss_convert.checksums import Span
 from gptoss_convert.filecopy import FileCopy
 from gptoss_plugins.megatron import metadata
 from gptoss_plugins.megatron.keys import is_weight
@@ -62,7 +63,17 @@ class CarriedState:
     def open(self, name: str, path: Path) -> FileCopy:
         """Start a data file."""
         source = self.files[name]
-        return FileCopy(source, path, self._stretches[source.name])
+        return FileCopy(source, path, self._stretches[source.name], self._spans(name))
+
+    def _spans(self, name: str) -> list[Span]:
+        """The items of a data file to write, framing and all, by what they are called first."""
+        named: dict[Stored, str] = {}
+        for key, tensor in self.contents.tensors.items():
+            for chunk in tensor.chunks:
+                named.setdefault(chunk.at, f"{key}{list(chunk.offsets)}")
+        for key, at in self.contents.objects.items():
+            named.setdefault(at, key)
+        return [Span(what, at.offset, at.length) for at, what in named.items() if at.file == name]
 
     @cached_property
     def contents(self) -> metadata.Contents:

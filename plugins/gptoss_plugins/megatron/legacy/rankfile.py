@@ -74,7 +74,8 @@ def lay_out(
         for slot in found:
             record = Record(f"data/{next(keys)}", position, slot.spec.nbytes)
             data = record.size - slot.padding
-            items[name].append(Item(position, local_header(record), data, slot.padding))
+            head, what = local_header(record), f"{slot.chunk}.{slot.name}"
+            items[name].append(Item(position, head, data, slot.padding, name=what))
             records.append(record)
             position = items[name][-1].end
     items[END] = [Item(position, tail=directory(records, position))]

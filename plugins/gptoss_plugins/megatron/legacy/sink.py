@@ -13,7 +13,7 @@ from gptoss_convert.plan import ConversionPlan, Group, Step
 from gptoss_convert.types import GroupWriter, TensorSpec
 from gptoss_plugins.megatron import folder as places
 from gptoss_plugins.megatron.beside import Beside
-from gptoss_plugins.megatron.items import Item, ItemFile
+from gptoss_plugins.megatron.items import Item, ItemFile, spans
 from gptoss_plugins.megatron.legacy.arguments import arguments
 from gptoss_plugins.megatron.legacy.grid import pieces_of, ranks_with_files
 from gptoss_plugins.megatron.legacy.names import (
@@ -150,7 +150,7 @@ class LegacySink:
             return self._beside.open(group)
         items = self._items(self._files[group.name])
         specs = {o.name: o.written for step in group.steps for o in step.outputs}
-        return ItemFile(BlockWriter(path, items[END][0].end), items, specs)
+        return ItemFile(BlockWriter(path, items[END][0].end, spans(items)), items, specs)
 
     def keep(self, residues: Mapping[str, Residue]) -> None:
         """Beside the scales that are kept."""
