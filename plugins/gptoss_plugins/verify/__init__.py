@@ -94,12 +94,21 @@ def verify(
     A, which is the one that is right. --hf-model names a reference for a Megatron checkpoint that
     carries no config of its model.
 
-    Exit code 3 if something is wrong: a tensor that is missing or differs, a config that lost what
+    A alone is held against the manifest.json that was written with it (not with --headers), so that
+    a flipped bit is found and its tensor named; --values looks at all numbers, too.
+
+    Exit code 3 if something is wrong: a damaged file, a tensor that is missing or differs, a config that lost what
     the model needs, one of the known bad states (docs/verify.md).
     """
     from gptoss_convert.convert import open_source
     from gptoss_convert.progress import reporting
-    from gptoss_plugins.verify.checking import Report, check, open_both
+    from gptoss_plugins.verify.checking import (
+        Report,
+        check,
+        check_bytes,
+        manifest_root,
+        open_both,
+    )
     from gptoss_plugins.verify.printing import print_report
     from gptoss_plugins.verify.values import nbytes
 
@@ -113,6 +122,11 @@ def verify(
         reference = open_source(
             hf_model, "hf", registry=registry, revision=hf_revision, headers_only=True
         ).config
+    if second is None and values is not False and Path(first).is_dir():
+        root = manifest_root(first)
+        size = sum(p.stat().st_size for p in root.rglob("*") if p.is_file()) if root else 0
+        with reporting("verify", size, show=bool(root) and not no_progress) as progress:
+            check_bytes(first, report, workers=workers, progress=progress)
     opened = open_both(paths, registry, choice, report, reference=reference, revision=hf_revision)
     report.formats = [one.format for one in opened]
     wanted = bool(second) if values is None else values

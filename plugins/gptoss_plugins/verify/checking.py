@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptoss_convert.damage import check_manifest
 from gptoss_convert.errors import ConvertError, PlanError, PluginError
 from gptoss_convert.logical import Logical, open_logical
+from gptoss_convert.manifest import MANIFEST
 from gptoss_convert.opening import looks_like_an_id
 from gptoss_convert.types import Finding
 from gptoss_plugins.verify.values import Values, compare_values
@@ -36,6 +38,7 @@ class Report:
         values: of the tensors, if they were read.
         tolerance: the relative error up to which tensors count as the same.
         logits: what running both models showed, as plain values, if they were run.
+        files: how many were held against the manifest; None if there was none to hold them against.
         seconds: how long it took.
 
     """
@@ -46,6 +49,7 @@ class Report:
     values: Values | None = None
     tolerance: float = 0.0
     logits: dict[str, Any] | None = None
+    files: int | None = None
     seconds: float = 0.0
 
     @property
@@ -76,6 +80,7 @@ class Report:
             if self.values
             else None,
             "logits": self.logits,
+            "files": self.files,
             "seconds": round(self.seconds, 3),
         }
 
@@ -111,6 +116,35 @@ def open_both(
             report.findings.append(_broken(path, str(error)))
     opened.sort(key=lambda one: [str(one.source.path) != str(Path(p)) for p in names])
     return opened
+
+
+def check_bytes(
+    path: str, report: Report, *, workers: int | None = None, progress: Progress
+) -> None:
+    """Hold a folder's files against its manifest, if it has one."""
+    started = time.monotonic()
+    if (root := manifest_root(path)) is None:
+        report.findings.append(
+            Finding(
+                "info",
+                path,
+                f"has no {MANIFEST}, so its bytes are checked against nothing",
+                "name the checkpoint it was made from as well, to compare their values",
+            )
+        )
+        return
+    try:
+        report.findings += check_manifest(root, workers=workers, progress=progress)
+    except ConvertError as error:
+        report.findings.append(_broken(str(root), str(error)))
+    report.files = sum(1 for place in root.rglob("*") if place.is_file()) - 1
+    report.seconds += time.monotonic() - started
+
+
+def manifest_root(path: str) -> Path | None:
+    """The folder with the manifest of a checkpoint, whose root or iteration a path names."""
+    places = (Path(path), Path(path).absolute().parent)
+    return next((place for place in places if (place / MANIFEST).is_file()), None)
 
 
 def check(

@@ -34,11 +34,12 @@ def _verdict(report: Report) -> str:
     if not report.is_sound:
         errors = sum(finding.severity == "error" for finding in report.findings)
         return f"{names}: {errors} error{'s' * (errors > 1)} in {report.seconds:.1f} s"
+    held = "" if report.files is None else f"all {report.files} files are as they were written, "
     if report.values is None:
-        return f"{names}: complete, and headers and config are sound ({report.seconds:.1f} s)"
+        return f"{names}: {held}complete, and headers and config are sound ({report.seconds:.1f} s)"
     count = len(report.values.tensors)
     if len(report.paths) == 1:
-        return f"{names}: sound, {count} tensors read in {report.seconds:.1f} s"
+        return f"{names}: {held}sound, {count} tensors read in {report.seconds:.1f} s"
     equal = sum(tensor.difference.is_equal for tensor in report.values.tensors.values())
     if equal == count:
         return (
