@@ -9,10 +9,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 MOST_SHOWN = 20
+_LONGEST, _END = 2000, 300  # characters of a sentence, and how many of them are its end
 
 
 def printable(text: str) -> str:
-    """Escape what is not printable: names from strangers must not draw on the terminal."""
+    """Escape what is not printable, and leave out the middle of what is endless: names from
+    strangers must not draw on the terminal.
+    """
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST - _END]} ... {text[-_END:]}"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gptoss_convert.encoding import Encoding
 
 PLAN_SCHEMA = "gptoss-convert.plan/1"
+MOST_LAYERS = 4096  # of a model; planning a number from a stranger's config would have no end
 
 
 @dataclass(frozen=True)
@@ -409,7 +410,13 @@ def to_megatron(family: ModelFamily, config: Config, where: str) -> dict[str, An
             f"{where}: config.json: {'; '.join(wrong)}; restore the model's own config.json"
         )
     with blame(f"model family {family.name}"):
-        return family.megatron_config(config)
+        fields = family.megatron_config(config)
+    if fields["num_layers"] > MOST_LAYERS:
+        raise ConfigError(
+            f"{where}: config.json: a model of {fields['num_layers']} layers is none; restore the "
+            f"model's own config.json"
+        )
+    return fields
 
 
 def _beside_encoded(drafts: Sequence[Draft]) -> str:

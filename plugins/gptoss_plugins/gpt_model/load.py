@@ -11,13 +11,14 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 
 from gptoss_convert.errors import CheckpointError, PlanError
+from gptoss_plugins.gpt_model.own_pickles import with_own_pickles
+from gptoss_plugins.megatron.folder import MARK, iteration_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from megatron.core.models.gpt.gpt_model import GPTModel
 
-_TRACKER = "latest_checkpointed_iteration.txt"
 # What megatron-core's local layer spec calls `pre_mlp_layernorm.weight`; some checkpoints hold both.
 _SECOND_NAME = ".mlp.linear_fc1.layer_norm_weight"
 
@@ -36,35 +37,33 @@ def load_checkpoint(model: GPTModel | Sequence[GPTModel], folder: str | Path) ->
         folder: an ``iter_*`` folder, or the root that names its latest one.
 
     Raises:
-        CheckpointError: there is no distributed checkpoint.
+        CheckpointError: there is no distributed checkpoint, or it is not one to trust.
         PlanError: its tensors are not the model's; all misfits are listed.
 
     """
     place = iteration_folder(Path(folder))
+    if place is None or not (place / MARK).is_file():
+        raise CheckpointError(f"{folder}: no distributed checkpoint here; give its iter_* folder")
+    with with_own_pickles(place) as copy:
+        _fill(model, copy, place)
+
+
+def _fill(model: GPTModel | Sequence[GPTModel], copy: Path, place: Path) -> None:
+    """Load from ``copy``, which stands for ``place``."""
     chunks = model if isinstance(model, Sequence) else [model]
     wanted = {
         f"model{number}": {
             name: shard
-            for name, shard in chunk.sharded_state_dict(metadata=_metadata(place)).items()
+            for name, shard in chunk.sharded_state_dict(metadata=_metadata(copy)).items()
             if not isinstance(shard, ShardedObject)
         }
         for number, chunk in enumerate(chunks)
     }
-    _check([shard for shards in wanted.values() for shard in shards.values()], place)
-    loaded = dist_checkpointing.load(wanted, str(place))
+    _check([shard for shards in wanted.values() for shard in shards.values()], copy, place)
+    loaded = dist_checkpointing.load(wanted, str(copy))
     for number, chunk in enumerate(chunks):
         extra = {name: None for name in chunk.state_dict() if name.endswith("._extra_state")}
         chunk.load_state_dict(extra | loaded[f"model{number}"], strict=True)
-
-
-def iteration_folder(folder: Path) -> Path:
-    """The ``iter_*`` (or ``release``) folder that ``folder`` is, or that its tracker names."""
-    if (tracker := folder / _TRACKER).is_file():
-        name = tracker.read_text().strip()
-        folder = folder / (name if name == "release" else f"iter_{int(name):07d}")
-    if not (folder / "metadata.json").is_file():
-        raise CheckpointError(f"{folder}: no distributed checkpoint here; give its iter_* folder")
-    return folder
 
 
 def _metadata(folder: Path) -> dict[str, Any]:
@@ -74,9 +73,9 @@ def _metadata(folder: Path) -> dict[str, Any]:
     return {**stored, "dp_cp_group": replicas}
 
 
-def _check(wanted: Sequence[Any], folder: Path) -> None:
+def _check(wanted: Sequence[Any], copy: Path, place: Path) -> None:
     """Raise, on every rank alike, unless the checkpoint holds the whole model and no more."""
-    metadata = dist_checkpointing.load_tensors_metadata(str(folder))
+    metadata = dist_checkpointing.load_tensors_metadata(str(copy))
     stored = {key: tuple(shard.global_shape) for key, shard in metadata.items()}
     mine = _whole_shapes(wanted)
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -84,7 +83,7 @@ def _check(wanted: Sequence[Any], folder: Path) -> None:
     problems = {problem for _, found in everyone for problem in found}
     problems.update(_strangers(stored, {key for keys, _ in everyone for key in keys}))
     if problems:
-        raise PlanError(str(folder), problems)
+        raise PlanError(str(place), problems)
 
 
 def _whole_shapes(wanted: Sequence[Any]) -> Shapes:

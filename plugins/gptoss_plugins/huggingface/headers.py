@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gptoss_convert.dtypes import itemsize, known
 from gptoss_convert.errors import CheckpointError, PlanError
 from gptoss_convert.types import TensorSpec
+from gptoss_convert.untrusted import read_small, require_inside
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _LONGEST_HEADER = 100_000_000  # the safetensors library's own limit
+_LONGEST_JSON = 64 << 20  # an index takes 100 bytes per tensor
+_DEEPEST = 32  # dims of a tensor; torch has no more than 64
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,10 @@ class Shard:
 def read_json(path: Path) -> Any:
     """Parse a JSON file; CheckpointError if it is missing or no JSON object."""
     try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates)
+        text = read_small(path, _LONGEST_JSON).decode()
+        value = json.loads(text, object_pairs_hook=_no_duplicates)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: is missing; fetch the whole checkpoint") from None
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read: {error.strerror}; check its permissions"
-        ) from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is no valid JSON ({error}); fetch it again") from None
     if not isinstance(value, dict):
@@ -64,8 +65,8 @@ def read_json(path: Path) -> Any:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands twice")
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{name!r} stands twice")
     return found
 
 
@@ -78,9 +79,10 @@ def read_shards(folder: Path) -> list[Shard]:
 
     """
     weight_map = _weight_map(folder)
+    files = sorted(set(weight_map.values())) if weight_map else [SINGLE]
+    require_inside(folder, (folder / file for file in files))
     if weight_map is None:
         return [read_header(folder / SINGLE)]
-    files = sorted(set(weight_map.values()))
     if absent := [f for f in files if not (folder / f).is_file()]:
         raise PlanError(
             str(folder),
@@ -90,6 +92,12 @@ def read_shards(folder: Path) -> list[Shard]:
     if problems := list(_disagreements(weight_map, shards)):
         raise PlanError(str(folder), problems)
     return shards
+
+
+def shard_files(folder: Path) -> list[str]:
+    """The files that the index names, which are not looked at; the one there is without an index."""
+    weight_map = _index(folder) if (folder / INDEX).exists() else None
+    return sorted(set(weight_map.values())) if weight_map else [SINGLE]
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:
@@ -103,11 +111,17 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
         return None
     if single.exists():
         raise CheckpointError(f"{folder}: has both {INDEX} and {SINGLE}; remove the stale one")
+    return _index(folder)
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Tensor -> file as the index has it."""
+    index = folder / INDEX
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map; fetch it again")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or Path(file).name != file or not file.isprintable():
             raise CheckpointError(
                 f"{index}: places {name} in {file!r}, which is no file name; fetch it again"
             )
@@ -154,7 +168,7 @@ def read_header(path: Path, remedy: str = "fetch it again") -> Shard:
             f"{path}: cannot be read: {error.strerror}; check its permissions"
         ) from None
     try:
-        table = json.loads(header, object_pairs_hook=_no_duplicates)
+        table = json.loads(header.decode(), object_pairs_hook=_no_duplicates)
         if not isinstance(table, dict):
             raise ValueError("it is no object")
         table.pop("__metadata__", None)
@@ -167,9 +181,11 @@ def read_header(path: Path, remedy: str = "fetch it again") -> Shard:
 
 def _entry(file: str, data: int, name: str, facts: Mapping[str, Any]) -> Entry:
     dtype, shape, (start, stop) = facts["dtype"], facts["shape"], facts["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+    if len(shape) > _DEEPEST:
+        raise ValueError(f"{name} has {len(shape)} dims")
+    if not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, start, stop)):
         raise ValueError(f"{name} has shape {shape} at {start}:{stop}")
-    if not known(dtype):
+    if not isinstance(dtype, str) or not known(dtype):
         raise ValueError(f"{name} has the unknown type {dtype}")
     if math.prod(shape) * itemsize(dtype) != stop - start:
         raise ValueError(f"{name}, {dtype} {shape}, cannot take {stop - start} bytes")

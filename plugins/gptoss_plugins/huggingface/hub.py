@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptoss_convert.errors import CheckpointError
-from gptoss_plugins.huggingface.headers import INDEX, SINGLE, read_json
+from gptoss_plugins.huggingface.headers import INDEX, shard_files
 from gptoss_plugins.huggingface.source import COMPANIONS
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def fetch(name: str, revision: str | None, headers_only: bool) -> Path:
             return Path(snapshot())
         with contextlib.suppress(LocalEntryNotFoundError):
             cached = Path(snapshot(local_files_only=True))
-            if all((cached / file).exists() for file in _shard_files(cached)):
+            if all((cached / file).exists() for file in shard_files(cached)):
                 return cached
         return _headers(name, revision)
     except Exception as error:
@@ -75,15 +75,10 @@ def _headers(name: str, revision: str | None) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="gptoss-convert-headers-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     shutil.copytree(small, folder, dirs_exist_ok=True)
-    for file in _shard_files(folder):
+    for file in shard_files(folder):
         facts = hub.HfApi().parse_safetensors_file_metadata(name, file, revision=revision)
         (folder / file).write_bytes(_header_bytes(facts))
     return folder
-
-
-def _shard_files(folder: Path) -> list[str]:
-    index = folder / INDEX
-    return sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [SINGLE]
 
 
 def _header_bytes(facts: SafetensorsFileMetadata) -> bytes:

@@ -13,7 +13,8 @@ from gptoss_convert.dtypes import itemsize, torch_dtype
 from gptoss_convert.errors import PlanError
 from gptoss_convert.scratch import Scratch
 from gptoss_convert.staging import human
-from gptoss_plugins.huggingface.headers import read_json, read_shards
+from gptoss_convert.untrusted import require_inside, require_small
+from gptoss_plugins.huggingface.headers import INDEX, read_json, read_shards
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -98,7 +99,7 @@ class SafetensorsSource:
             digest.update(f"{shard.file}:{identity(stat)}:".encode())
             digest.update(shard.header)
         for name, path in self.files.items():
-            digest.update(name.encode() + path.read_bytes())
+            digest.update(os.fsencode(name) + path.read_bytes())
         return digest.hexdigest()
 
     def read(self, name: str, rows: slice | None = None, scratch: Scratch | None = None) -> Tensor:
@@ -135,8 +136,11 @@ class HuggingFaceSource(SafetensorsSource):
 
     def __init__(self, folder: Path) -> None:
         path = folder / "config.json"
+        require_inside(folder, (folder / name for name in (path.name, INDEX)))
         self.config = read_json(path) if path.exists() else None
         super().__init__(folder, read_shards(folder))
+        require_inside(folder, self.files.values())
+        require_small(self.files.values())
 
     @property
     def files(self) -> Mapping[str, Path]:  # type: ignore[override]

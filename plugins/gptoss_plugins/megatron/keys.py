@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 STACKED, PER_LAYER = DIALECTS = ("stacked", "per-layer")
 _LAYERS = "decoder.layers."
-_NUMBERED = re.compile(rf"{re.escape(_LAYERS)}(\d+)\.(.*)")
+_NUMBERED = re.compile(rf"{re.escape(_LAYERS)}([0-9]{{1,9}})\.(.*)", re.DOTALL)
 _LARGEST_CHUNK = 1 << 31  # bytes; a zip entry without 64-bit sizes ends at 4 GiB
 # What a training checkpoint holds besides the model's weights.
 OPTIMIZER = ("optimizer.", "chained_")

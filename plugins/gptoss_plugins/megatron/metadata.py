@@ -15,11 +15,16 @@ from typing import TYPE_CHECKING, Any
 from gptoss_convert.dtypes import known, torch_dtype
 from gptoss_convert.errors import CheckpointError
 from gptoss_convert.types import TensorSpec
+from gptoss_convert.untrusted import read_small
 from gptoss_plugins.megatron import dcp, safe_pickle
 from gptoss_plugins.megatron.folder import METADATA
+from gptoss_plugins.megatron.pickle_limits import LONGEST
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+
+_MOST_PAIRED = 2048  # boxes that are compared each with each other
 
 
 @dataclass(frozen=True)
@@ -95,33 +100,32 @@ def load(folder: Path) -> Contents:
     """
     path = folder / METADATA
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}); the checkpoint is incomplete"
-        ) from None
+        data = read_small(path, LONGEST)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: is missing; the checkpoint is incomplete") from None
     raw = safe_pickle.load(data, str(path))
     try:
         places = {
-            (str(index.fqn), _box(getattr(index, "offset", None))): _stored(info)
+            (_key(index.fqn), _box(getattr(index, "offset", None))): _stored(info)
             for index, info in raw.storage_data.items()
         }
         return _contents(raw.state_dict_metadata, places)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: is no checkpoint metadata ({error!r}); fetch it again"
+            f"{path}: is no checkpoint metadata ({error}); fetch it again"
         ) from None
 
 
 def _contents(states: Any, places: Mapping[tuple[str, Any], Stored]) -> Contents:
     tensors, objects = {}, {}
     for key, state in states.items():
+        key = _key(key)
         if hasattr(state, "chunks"):
             chunks = tuple(_chunk(key, chunk, places) for chunk in state.chunks)
             spec = TensorSpec(_box(state.size) or (), _dtype(state.properties))
-            tensors[str(key)] = Tensor(spec, chunks)
+            tensors[key] = Tensor(spec, chunks)
         elif (key, None) in places:
-            objects[str(key)] = places[key, None]
+            objects[key] = places[key, None]
     return Contents(tensors, objects)
 
 
@@ -135,6 +139,12 @@ def _chunk(key: str, raw: Any, places: Mapping[tuple[str, Any], Stored]) -> Stor
     return StoredChunk(offsets, sizes, at)
 
 
+def _key(raw: Any) -> str:
+    if not isinstance(raw, str):
+        raise ValueError("a key that is no text")
+    return raw
+
+
 def _dtype(properties: Any) -> str:
     """The element type: the first of TensorProperties' state."""
     found = properties.state[0] if isinstance(properties.state, tuple) else properties.dtype
@@ -146,19 +156,23 @@ def _dtype(properties: Any) -> str:
 def _box(raw: Any) -> tuple[int, ...] | None:
     if raw is None:
         return None
-    numbers = tuple(raw)
-    if not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError(f"sizes {numbers}")
-    return numbers
+    if not isinstance(raw, tuple) or not all(type(n) is int and 0 <= n < 1 << 63 for n in raw):
+        raise ValueError("a shape that is none")
+    return raw
 
 
 def _stored(info: Any) -> Stored:
     file, offset, length = info.relative_path, info.offset, info.length
-    if not isinstance(file, str) or Path(file).name != file:
-        raise ValueError(f"a chunk in {file!r}, which is no file name")
-    if not all(type(n) is int and n >= 0 for n in (offset, length)):
-        raise ValueError(f"a chunk at {offset}, {length} bytes long")
+    if not isinstance(file, str) or Path(file).name != file or not file.isprintable():
+        raise ValueError(f"a chunk in {_shown(file)}, which is no file name")
+    if not all(type(n) is int and 0 <= n < 1 << 62 for n in (offset, length)):
+        raise ValueError(f"a chunk at {_shown(offset)}, {_shown(length)} bytes long")
     return Stored(file, offset, length)
+
+
+def _shown(value: Any) -> str:
+    """A value for a message; one that may have no end by its type."""
+    return repr(value) if isinstance(value, str | int) else f"a {type(value).__name__}"
 
 
 def is_tiled(tensor: Tensor) -> bool:
@@ -193,8 +207,8 @@ def _overlap(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
 
 
 def _overlap_pairwise(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
-    """For grids that are no product of cuts; those are small."""
-    return any(
+    """For grids that are no product of cuts; those are small, and a large one is taken for wrong."""
+    return len(boxes) > _MOST_PAIRED or any(
         all(
             max(a, b) < min(a + n, b + m)
             for a, n, b, m in zip(one[0], one[1], two[0], two[1], strict=True)

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import io
 import pickle
-import zipfile
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
-from gptoss_convert.dtypes import from_torch_name
+from gptoss_convert.dtypes import from_torch_name, known
 from gptoss_convert.errors import CheckpointError, UsageError
+from gptoss_plugins.megatron.pickle_limits import require_bounded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 _STORAGES = {
     "BFloat16Storage": "BF16",
@@ -49,10 +48,10 @@ class Inert:
         parts = state if isinstance(state, tuple) else (state,)
         for part in parts:
             if isinstance(part, dict):
-                self.__dict__.update((str(k), v) for k, v in part.items())
+                self.__dict__.update((k, v) for k, v in part.items() if isinstance(k, str))
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}{self.arguments or ''}"
+    def __repr__(self) -> str:  # without what is in it, which may have no end
+        return type(self).__name__
 
 
 class Mapped(dict[Any, Any]):
@@ -79,36 +78,44 @@ class _StorageRecord:
     key: str
 
 
+def _sizes(numbers: Any) -> tuple[int, ...]:
+    """A shape, or what else has a few numbers, none of which passes C's largest."""
+    found = tuple(numbers)
+    if len(found) > 64 or not all(type(n) is int and abs(n) < 1 << 63 for n in found):
+        raise ValueError("a shape that is none")
+    return found
+
+
 def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> TensorRecord:
     if not isinstance(storage, _StorageRecord):
         raise ValueError("a tensor without a storage")
-    numbers = (offset, *shape, *strides)
-    if not all(type(n) is int for n in numbers) or len(shape) != len(strides):
-        raise ValueError(f"a tensor of shape {shape!r}")
-    return TensorRecord(storage.dtype, storage.key, offset, tuple(shape), tuple(strides))
+    (start,), sizes, steps = _sizes((offset,)), _sizes(shape), _sizes(strides)
+    if len(sizes) != len(steps):
+        raise ValueError("a tensor with other strides than dims")
+    return TensorRecord(storage.dtype, storage.key, start, sizes, steps)
 
 
 def _rebuild_typed(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> TensorRecord:
     """A tensor of a type that has no storage class of its own; the type comes last but one or two."""
     found = _rebuild(storage, offset, shape, strides)
     dtype = next((value for value in rest if isinstance(value, str)), None)
-    if dtype is None:
+    if dtype is None or not known(dtype):
         raise ValueError("a tensor without an element type")
     return TensorRecord(dtype, found.key, found.offset, found.shape, found.strides)
 
 
-def _data_of(tensor: Any, *_: Any) -> Any:
+def _data_of(tensor: Any, *_: Any) -> TensorRecord:
     """A parameter: its data."""
+    if not isinstance(tensor, TensorRecord):
+        raise ValueError("a parameter without a tensor")
     return tensor
 
 
 def _of_type(rebuild: Any, _: Any, arguments: Any, *__: Any) -> TensorRecord:
     """A tensor of a subclass: as a tensor. Only our own stand-ins can be called."""
-    if rebuild not in (_rebuild, _rebuild_typed, _data_of):
+    if not isinstance(rebuild, _Function) or rebuild.answer not in _REBUILDS:
         raise ValueError("a tensor that is rebuilt in an unknown way")
-    found = rebuild(*arguments)
-    if not isinstance(found, TensorRecord):
-        raise ValueError("a tensor subclass without a tensor")
+    found: TensorRecord = rebuild(*arguments)
     return found
 
 
@@ -119,8 +126,29 @@ def _encoded(text: Any, encoding: Any = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-def _named(*names: Any) -> Any:
-    return names[0] if len(names) == 1 else names
+def _named(*names: Any) -> str:
+    """``cuda:0``, or the name of a memory layout."""
+    if not all(isinstance(name, str | int) for name in names):
+        raise ValueError("a device or layout without a name")
+    return ":".join(map(str, names))
+
+
+class _Function:
+    """A function that a pickle may call, but not give attributes, as it may any object."""
+
+    __slots__ = ("answer",)
+
+    def __init__(self, answer: Callable[..., Any]) -> None:
+        self.answer = answer
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.answer(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("a function with a state")
+
+
+_REBUILDS = (_rebuild, _rebuild_typed, _data_of)
 
 
 _DCP = "torch.distributed.checkpoint.metadata"
@@ -173,13 +201,16 @@ _INERT = {
 }
 _FUNCTIONS = ("torch.nn.functional", "torch.nn.init", "torch._C._nn")  # named, never called
 _OLD_NAMES = {"__builtin__": "builtins"}  # of modules, in the second pickle protocol
-_ANSWERS: dict[tuple[str, str], Callable[..., Any]] = {
+_TYPES: dict[tuple[str, str], type] = {
     ("collections", "OrderedDict"): Mapped,
-    ("collections", "defaultdict"): lambda *_: Mapped(),
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,
     ("builtins", "slice"): slice,
-    ("torch", "Size"): tuple,
+    ("builtins", "dict"): dict,
+}
+_FUNCTIONS_CALLED: dict[tuple[str, str], Callable[..., Any]] = {
+    ("collections", "defaultdict"): lambda *_: Mapped(),
+    ("torch", "Size"): _sizes,
     ("torch", "device"): _named,
     ("torch.serialization", "_get_layout"): _named,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
@@ -188,19 +219,24 @@ _ANSWERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_parameter_with_state"): _data_of,
     ("torch._tensor", "_rebuild_from_type_v2"): _of_type,
     ("_codecs", "encode"): _encoded,
-    ("builtins", "dict"): dict,
+}
+_ANSWERS: dict[tuple[str, str], Any] = {
+    **_TYPES,
+    **{name: _Function(answer) for name, answer in _FUNCTIONS_CALLED.items()},
 }
 
 
 def _stand_in(module: str, name: str) -> Any:
     """The answer to a global, or None if it is not on the list."""
     module, name = _OLD_NAMES.get(module, module), {"xrange": "range"}.get(name, name)
+    if "." in name:  # what a module has imported, such as os.system, by a detour
+        return None
     if (module, name) in _ANSWERS:
         return _ANSWERS[module, name]
     if module in ("torch", "torch.storage") and name in _STORAGES:
         return _STORAGES[name]
     if (module, name) in _INERT or module.split(".")[0] == "megatron" or module in _FUNCTIONS:
-        return type(name, (Inert,), {})
+        return type("".join(c for c in name if c.isprintable())[:99], (Inert,), {})
     if module == "torch":
         try:
             return from_torch_name(name)
@@ -228,7 +264,8 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         kind, dtype, key, _, _ = pid
-        if kind != "storage" or not isinstance(dtype, str) or not isinstance(key, str):
+        texts = all(isinstance(part, str) for part in (kind, dtype, key))
+        if not texts or kind != "storage" or not known(dtype):
             raise ValueError("an unknown persistent object")
         return _StorageRecord(dtype, key)
 
@@ -241,12 +278,13 @@ def load(data: bytes, where: str) -> Any:
 
     """
     try:
+        require_bounded(data)
         return _Unpickler(data, where).load()
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle can fail in any way
         raise CheckpointError(
-            f"{where}: is no readable pickle ({error!r}); the file is damaged, fetch it again"
+            f"{where}: is no readable pickle ({type(error).__name__}: {error}); the file is damaged, fetch it again"
         ) from None
 
 
@@ -258,14 +296,3 @@ def load_tensor_record(data: bytes, where: str) -> TensorRecord:
             f"{where}: holds {type(record).__name__} where a tensor is due; fetch it again"
         )
     return record
-
-
-def load_torch_file(path: Path | IO[bytes], where: str = "") -> Any:
-    """Unpickle the object of a ``torch.save`` file; tensors in it stay TensorRecords."""
-    where = where or str(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            (name,) = [n for n in archive.namelist() if n.endswith("/data.pkl")]
-            return load(archive.read(name), where)
-    except (OSError, ValueError, zipfile.BadZipFile, RuntimeError) as error:
-        raise CheckpointError(f"{where}: is no torch.save file ({error}); fetch it again") from None

@@ -13,10 +13,12 @@ import json
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from gptoss_convert.blockio import BlockReader
 from gptoss_convert.dtypes import torch_dtype, torch_name
-from gptoss_convert.errors import CheckpointError
 from gptoss_plugins.megatron import safe_pickle
 from gptoss_plugins.megatron.folder import COMMON, RUN_CONFIG
+from gptoss_plugins.megatron.runconfig import model_of
+from gptoss_plugins.megatron.torchzip import read_object
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -182,33 +184,43 @@ def read_megatron_config(folder: Path, common: Any) -> dict[str, Any] | None:
 
 def read_common(folder: Path, objects: Mapping[str, Stored]) -> Any:
     """The common state, wherever the version that wrote it keeps it; None if there is none."""
-    if (folder / COMMON).is_file():
-        return safe_pickle.load_torch_file(folder / COMMON)
-    if (at := objects.get(COMMON_OBJECT)) is None:
+    path = folder / COMMON
+    if path.is_file():
+        return read_object(BlockReader(path), 0, path.stat().st_size, str(path))
+    at = objects.get(COMMON_OBJECT)
+    if at is None or not (folder / at.file).is_file():
         return None
     path = folder / at.file
-    with open(path, "rb") as file:
-        file.seek(at.offset)
-        data = io.BytesIO(file.read(at.length))
-    found = safe_pickle.load_torch_file(data, f"{path} ({COMMON_OBJECT})")
+    found = read_object(BlockReader(path), at.offset, at.length, f"{path} ({COMMON_OBJECT})")
     return found[0] if isinstance(found, list) and found else found
 
 
 def _from_run_config(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    import yaml
-
-    try:
-        model = yaml.safe_load(path.read_bytes())["model"]
-        fields = {k: v for k, v in model.items() if not k.startswith("_")}
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: is no run config ({reason}); restore it") from None
-    activation = fields.get("activation_func")
+    model = model_of(path)
+    activation = model.get("activation_func")
     if isinstance(activation, Mapping):
-        fields["activation_func"] = str(activation.get("_target_")).rsplit(".", 1)[-1]
-    return fields
+        model["activation_func"] = str(activation.get("_target_"))[:999].rsplit(".", 1)[-1]
+    return plain(model)
+
+
+def plain(fields: Mapping[Any, Any]) -> dict[str, Any]:
+    """The public fields that are numbers, text, or lists of those; none other describes a model.
+
+    An object of a pickle or of YAML may hold itself, or one part a billion times.
+    """
+    scalars = (str, int, float, bool, type(None))
+    return {
+        name: value
+        for name, value in fields.items()
+        if isinstance(name, str)
+        and not name.startswith("_")
+        and all(
+            isinstance(item, scalars)
+            for item in (value if isinstance(value, list | tuple) else [value])
+        )
+    }
 
 
 def fields_of(common: Any) -> dict[str, Any] | None:
@@ -216,7 +228,7 @@ def fields_of(common: Any) -> dict[str, Any] | None:
     args = common.get("args") if isinstance(common, dict) else None
     if not isinstance(args, safe_pickle.Inert):
         return None
-    fields = {k: v for k, v in vars(args).items() if not k.startswith("_")}
+    fields = plain(vars(args))
     for argument, name in _ARGUMENTS.items():
         if fields.get(argument) is not None:
             fields.setdefault(name, fields[argument])

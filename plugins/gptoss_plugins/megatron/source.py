@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from gptoss_convert.blockio import BlockReader
 from gptoss_convert.dtypes import itemsize, torch_dtype
 from gptoss_convert.errors import CheckpointError, PlanError
+from gptoss_convert.plan import MOST_LAYERS
 from gptoss_convert.scratch import Scratch
 from gptoss_convert.transpose import copy
 from gptoss_convert.types import Config, TensorSource, TensorSpec, TrainingState
+from gptoss_convert.untrusted import require_inside
 from gptoss_plugins.huggingface.headers import read_json
 from gptoss_plugins.huggingface.source import identity
 from gptoss_plugins.megatron import metadata, sidecars
@@ -28,6 +30,7 @@ from gptoss_plugins.megatron.folder import (
     companions,
     iteration_folder,
     number_of,
+    require_own_files,
 )
 from gptoss_plugins.megatron.keys import (
     OPTIMIZER,
@@ -70,7 +73,9 @@ class TorchDistSource:
                 )
         self.path = folder
         self.iteration = iteration
+        require_own_files(folder, iteration)
         self.contents = metadata.load(iteration)
+        require_inside(folder, (iteration / file for file in metadata.files(self.contents)))
         self._specs, self._places = _parameters(self.contents)
         self._readers: dict[str, BlockReader] = {}
         self._opening = threading.Lock()
@@ -172,7 +177,7 @@ class TorchDistSource:
             stat = os.stat(self.iteration / file)
             digest.update(f"{file}:{identity(stat)}:".encode())
         for name, path in self.files.items():
-            digest.update(name.encode() + path.read_bytes())
+            digest.update(os.fsencode(name) + path.read_bytes())
         return digest.hexdigest()
 
     def read(self, name: str, rows: slice | None = None, scratch: Scratch | None = None) -> Tensor:
@@ -301,6 +306,11 @@ def _parameters(
         if not is_weight(key):
             continue
         shape, dtype = tensor.spec.shape, tensor.spec.dtype
+        if is_stacked(key) and (not shape or shape[0] > MOST_LAYERS):
+            raise CheckpointError(
+                f"{key}: has {dtype} {list(shape)}, which is no stack of layers; fetch the checkpoint "
+                f"again"
+            )
         for layer in range(shape[0]) if is_stacked(key) else (None,):
             name = parameter(key, layer)
             if name in specs:

@@ -1,7 +1,8 @@
 """What training left beside the weights (optimizer, scheduler, random numbers), carried unchanged.
 
 Its tensors have places of their own in a ``torch_dist`` checkpoint that no parallel layout changes,
-so their items are copied byte for byte; nothing in them is understood, or needs to be.
+so their items are copied byte for byte; nothing in them is understood, or needs to be. But a trainer
+will unpickle them, so one that asks for what no checkpoint needs is not handed on.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from gptoss_convert.blockio import BlockReader
 from gptoss_convert.checksums import Span
 from gptoss_convert.filecopy import FileCopy
+from gptoss_convert.untrusted import read_small
 from gptoss_plugins.megatron import metadata
 from gptoss_plugins.megatron.keys import is_weight
+from gptoss_plugins.megatron.pickle_limits import LONGEST
+from gptoss_plugins.megatron.torchzip import read_object
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -63,6 +68,9 @@ class CarriedState:
     def open(self, name: str, path: Path) -> FileCopy:
         """Start a data file."""
         source = self.files[name]
+        reader = BlockReader(source)
+        for offset, length in self._stretches[source.name]:
+            read_object(reader, offset, length, f"{source} at byte {offset}")
         return FileCopy(source, path, self._stretches[source.name], self._spans(name))
 
     def _spans(self, name: str) -> list[Span]:
@@ -92,6 +100,9 @@ class CarriedState:
         return metadata.Contents(tensors, {n: moved[at] for n, at in self._objects.items()})
 
     def sidecar(self, name: str) -> bytes | None:
-        """A small file that the trainer reads back, as it is; None if it wrote none."""
+        """A small ``torch.save`` file that the trainer reads back; None if it wrote none."""
         path = self._folder / name
-        return path.read_bytes() if path.is_file() else None
+        if not path.is_file():
+            return None
+        read_object(BlockReader(path), 0, path.stat().st_size, str(path))
+        return read_small(path, LONGEST)

@@ -13,11 +13,12 @@ import struct
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gptoss_convert.dtypes import itemsize, torch_dtype
 from gptoss_convert.errors import CheckpointError
-from gptoss_plugins.megatron.safe_pickle import TensorRecord, load_tensor_record
+from gptoss_plugins.megatron.pickle_limits import LONGEST
+from gptoss_plugins.megatron.safe_pickle import TensorRecord, load, load_tensor_record
 from gptoss_plugins.megatron.ziprecords import (
     ALIGNMENT,
     Archive,
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from gptoss_convert.types import TensorSpec
 
 __all__ = ["ALIGNMENT", "Frame", "Item", "frame", "read_item", "view"]
+# What torch.save wrote before it wrote archives: a pickle of this number comes first.
+_OLD_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
+DAMAGED = (ValueError, KeyError, struct.error, OverflowError)
 STORAGE = {
     "BF16": "BFloat16Storage",
     "F16": "HalfStorage",
@@ -159,23 +163,61 @@ def read_item(file: BlockReader, offset: int, length: int) -> Item:
     """
     where = f"{file.path} at byte {offset}"
     try:
-        archive = Archive(file, offset, length)
+        archive = open_archive(file, offset, length)
         record = load_tensor_record(read_pickle(file, archive), where)
         return locate(archive, record)
-    except (ValueError, KeyError, struct.error) as error:
+    except DAMAGED as error:
         raise CheckpointError(
             f"{where}: is no stored tensor ({error}); the file is damaged, fetch it again"
         ) from None
+
+
+def read_object(file: BlockReader, offset: int, length: int, where: str) -> Any:
+    """Unpickle the object of a ``torch.save`` archive; tensors in it stay TensorRecords.
+
+    Args:
+        file: the file it is in.
+        offset: of the archive in the file, in bytes.
+        length: of the archive.
+        where: what it is, for the message.
+
+    Raises:
+        CheckpointError: it is no such archive, or its pickle asks for something not on the list.
+
+    """
+    try:
+        pickled = read_pickle(file, open_archive(file, offset, length))
+    except DAMAGED as error:
+        raise CheckpointError(f"{where}: is no torch.save file ({error}); fetch it again") from None
+    return load(pickled, where)
+
+
+def open_archive(file: BlockReader, offset: int, length: int) -> Archive:
+    """The archive in a stretch of a file.
+
+    Raises:
+        CheckpointError: it is of torch.save's older form, which is none.
+        DAMAGED: it is no archive.
+
+    """
+    if file.peek(offset, len(_OLD_MAGIC)) == _OLD_MAGIC:
+        raise CheckpointError(
+            f"{file.path}: is of the form that torch.save had before 1.6, and no archive; load it "
+            f"with torch where it is trusted, and save it again"
+        )
+    return Archive(file, offset, length)
 
 
 def read_pickle(file: BlockReader, archive: Archive) -> bytes:
     """The pickle of a torch.save archive.
 
     Raises:
-        ValueError, KeyError: it is not there, or damaged.
+        DAMAGED: it is not there, or not whole.
 
     """
     entry = archive.entries["data.pkl"]
+    if entry.size > LONGEST:
+        raise ValueError(f"its pickle takes {entry.size:,} bytes")
     data = file.peek(archive.start(entry), entry.size)
     if entry.checksum not in (0, zlib.crc32(data)):
         raise ValueError("its pickle's checksum is wrong")
@@ -186,7 +228,7 @@ def locate(archive: Archive, record: TensorRecord) -> Item:
     """Where a tensor of an archive is.
 
     Raises:
-        ValueError, KeyError: it is not whole there.
+        DAMAGED: it is not whole there.
 
     """
     entry = archive.entries[f"data/{record.key}"]

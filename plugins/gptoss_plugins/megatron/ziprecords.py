@@ -29,6 +29,7 @@ _UTF8, _DESCRIPTOR_FOLLOWS = 0x800, 0x8  # flags
 _DOS_DATE = 0x21  # 1 January 1980, the earliest there is: the bytes must not depend on the clock
 _PLAIN, _WITH_WIDE = 20, 45  # version of the standard that a reader has to know
 _TAIL = 1 << 16
+_LARGEST_DIRECTORY = 64 << 20  # bytes; a tensor's entry takes a hundred
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class Archive:
             wide = tail.rindex(b"PK\6\6", 0, end)
             *_, count, size, start = _WIDE_END.unpack_from(tail, wide)
         self._directory = offset + start
-        if start + size > length:
+        if start + size > length or size > _LARGEST_DIRECTORY:
             raise ValueError("a directory past its end")
         data, at, found = self._file.peek(self._directory, size), 0, []
         for _ in range(count):
@@ -188,6 +189,8 @@ def _parsed(data: bytes, at: int, offset: int) -> tuple[Entry, int]:
     named = at + _CENTRAL.size
     more = named + name
     plain, header = _widened(data[more : more + extra], plain, packed, header)
+    if max(plain, header) >= 1 << 62:
+        raise ValueError("a record past all ends")
     entry = Entry(data[named:more], offset + header, flags, plain, crc, 0)
     return entry, more + extra + note
 

@@ -30,7 +30,7 @@ SIZES = {  # fields of Layout, as Megatron-LM's arguments are called
     "ep": "expert_model_parallel_size",
     "etp": "expert_tensor_parallel_size",
 }
-_MOST_RANKS = 1 << 20
+_MOST_RANKS = 1 << 16
 
 
 def ranks_with_files(layout: Layout) -> dict[str, Rank]:

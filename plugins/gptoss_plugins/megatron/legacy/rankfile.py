@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import struct
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,8 +15,8 @@ from gptoss_plugins.megatron import safe_pickle
 from gptoss_plugins.megatron.items import Item
 from gptoss_plugins.megatron.legacy.names import GROUPED_GEMM, Stored, stored
 from gptoss_plugins.megatron.legacy.pickling import Promise, dumps
+from gptoss_plugins.megatron.torchzip import DAMAGED, locate, open_archive, preamble, read_pickle
 from gptoss_plugins.megatron.torchzip import Item as Located
-from gptoss_plugins.megatron.torchzip import locate, preamble, read_pickle
 from gptoss_plugins.megatron.ziprecords import Archive, Record, directory, local_header
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from gptoss_plugins.megatron.safe_pickle import TensorRecord
 
 BEGINNING, END = "", "/"  # outputs without data, by names that no tensor has
-_MODEL = re.compile(r"model(\d*)")
+_MODEL = re.compile(r"model([0-9]{0,4})")
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ class RankFile:
         """
         try:
             return locate(self.archive, tensor.record)
-        except (ValueError, KeyError, struct.error) as error:
+        except DAMAGED as error:
             raise CheckpointError(
                 f"{self.path}: {tensor.name} is damaged ({error}); copy the file again"
             ) from None
@@ -150,8 +149,10 @@ def read(path: Path) -> RankFile:
 
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is no plain file")
         reader = BlockReader(path)
-        archive = Archive(reader, 0, path.stat().st_size)
+        archive = open_archive(reader, 0, path.stat().st_size)
         pickled = read_pickle(reader, archive)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: is missing; copy the whole checkpoint again") from None
@@ -159,14 +160,14 @@ def read(path: Path) -> RankFile:
         raise CheckpointError(
             f"{path}: cannot be read: {error.strerror}; check its permissions"
         ) from None
-    except (ValueError, KeyError, struct.error) as error:
+    except DAMAGED as error:
         raise CheckpointError(
             f"{path}: is no whole torch.save file ({error}); copy it again"
         ) from None
     state = safe_pickle.load(pickled, str(path))
     models = _models(state, path)
     common = {"args": state.get("args")}
-    found = RankFile(path, common, frozenset(map(str, state)))
+    found = RankFile(path, common, frozenset(key for key in state if isinstance(key, str)))
     found.reader, found.archive = reader, archive
     try:
         found.chunks = [_tensors(model, path) for model in models]
@@ -201,8 +202,9 @@ def _models(state: Any, path: Path) -> list[Mapping[str, Any]]:
 
 def _tensors(model: Mapping[str, Any], path: Path) -> dict[str, dict[int | None, StoredTensor]]:
     tensors: dict[str, dict[int | None, StoredTensor]] = {}
-    for key, value in model.items():
-        name = str(key)
+    for name, value in model.items():
+        if not isinstance(name, str):
+            raise ValueError("one that is no text")
         if value is None or (meaning := stored(name)) is None:
             continue
         if isinstance(value, dict):

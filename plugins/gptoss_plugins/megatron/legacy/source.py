@@ -21,6 +21,7 @@ from gptoss_plugins.megatron.folder import (
     companions,
     iteration_folder,
     number_of,
+    require_own_files,
 )
 from gptoss_plugins.megatron.legacy.grid import read_grid
 from gptoss_plugins.megatron.legacy.names import FILE, OPTIMIZER_FILES, dialect_of
@@ -50,6 +51,7 @@ class LegacySource:
             )
         self.path = folder
         self.iteration = iteration
+        require_own_files(folder, iteration)
         self.grid = read_grid(iteration)
         self._joined: Mapping[str, Joined] | None = None
 
@@ -169,7 +171,7 @@ class LegacySource:
             stat = identity(os.stat(file.path))
             digest.update(f"{file.path.relative_to(self.iteration)}:{stat}:".encode())
         for name, path in self.files.items():
-            digest.update(name.encode() + path.read_bytes())
+            digest.update(os.fsencode(name) + path.read_bytes())
         return digest.hexdigest()
 
     def read(self, name: str, rows: slice | None = None, scratch: Scratch | None = None) -> Tensor:

@@ -1,0 +1,82 @@
+"""Files of a folder that a stranger made: how much of one is read, and how far its links lead."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptoss_convert.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+MOST_COMPANION = 256 << 20  # bytes; the largest tokenizers there are take a tenth of that
+# Where huggingface_hub keeps the bytes of every file; its folders of a model are links to them.
+_HUB_BLOB = re.compile(r".*/(models|datasets|spaces)--[^/]+/blobs/[0-9a-f]{40,64}")
+
+
+def read_small(path: Path, most: int, remedy: str = "fetch it again") -> bytes:
+    """The bytes of a file that has to be small; never waits for one, as a pipe would make it.
+
+    Args:
+        path: the file.
+        most: how long it may be.
+        remedy: what to do if it is no such file, for the message.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        CheckpointError: it is not to be read, too long, or no plain file.
+
+    """
+    try:
+        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
+            facts = os.fstat(file.fileno())
+            if not stat.S_ISREG(facts.st_mode):
+                raise CheckpointError(f"{path}: is no plain file; {remedy}")
+            if facts.st_size > most:
+                raise CheckpointError(
+                    f"{path}: takes {facts.st_size:,} bytes where {most:,} would be many; {remedy}"
+                )
+            return file.read(most)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read: {error.strerror}; check its permissions"
+        ) from None
+
+
+def require_inside(folder: Path, paths: Iterable[Path]) -> None:
+    """Refuse files that are links out of the folder: what they hold is the user's, not the model's.
+
+    The hub's cache is made of such links, and they lead to its own files.
+
+    Raises:
+        CheckpointError: naming the first.
+
+    """
+    home = os.path.realpath(folder)
+    for path in filter(os.path.exists, paths):
+        place = os.path.realpath(path)
+        if not Path(place).is_relative_to(home) and not _HUB_BLOB.fullmatch(place):
+            raise CheckpointError(
+                f"{path}: is a link to {place}, outside of the checkpoint; put the file itself there"
+            )
+
+
+def require_small(paths: Iterable[Path], most: int = MOST_COMPANION) -> None:
+    """Refuse files that are too long to be what they are called.
+
+    Raises:
+        CheckpointError: naming the first.
+
+    """
+    for path in paths:
+        if (size := path.stat().st_size) > most:
+            raise CheckpointError(
+                f"{path}: takes {size:,} bytes where {most:,} would be many; remove it or fetch it "
+                f"again"
+            )
