@@ -248,6 +248,7 @@ class Executor:
             writer.abort()
             raise
         writer.close()
+        self._notes.complete(group)
 
     def is_finished(self, group: Group) -> bool:
         """Whether nobody has to do a group again."""

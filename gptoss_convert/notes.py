@@ -56,9 +56,10 @@ class Notes:
         if losses:
             loss.save(self._at(LOSS, group, ".json"), losses)
         spoiled.save(self._at(FOUND, group))
-        if not self._at(
-            SUMS, group, ".json"
-        ).exists():  # for a sink that writes in a way of its own
+
+    def complete(self, group: Group) -> None:
+        """Note that a group is final, for a sink that writes its files in a way of its own."""
+        if self.folder is not None and not self._at(SUMS, group, ".json").exists():
             self._keep_sums(group, {})
 
     @contextlib.contextmanager

@@ -243,3 +243,15 @@ def _digest(path: Path) -> str:
 def tree() -> Callable[[Path], dict[str, str]]:
     """Everything below a folder, hidden or not: relative name -> digest of its bytes."""
     return lambda folder: dict(_entries(folder))
+
+
+@pytest.fixture(scope="session")
+def content(tree: Callable[[Path], dict[str, str]]) -> Callable[[Path], dict[str, str]]:
+    """The same without the manifest, which also tells where it comes from."""
+
+    def without(folder: Path) -> dict[str, str]:
+        found = tree(folder)
+        assert found.pop("manifest.json")
+        return found
+
+    return without

@@ -447,9 +447,10 @@ def test_kill_a_real_process(long_imports: Job) -> None:
 
 def test_finished_parts_are_not_made_again(job: Job) -> None:
     """The same files, not just the same bytes; and the user is told."""
-    ended = job.run(at=job.base.at("rename", 2))  # dies before the third part has its name
+    ended = job.run(at=job.base.at("rename", 5))  # dies before the third part has its name
     assert ended.code == -signal.SIGKILL
     (staging,) = job.leftovers()
+    assert len(list(staging.glob(".sums-*"))) == 3  # a part's note has its name before the part
     kept = {
         p.name: p.stat().st_ino
         for p in staging.rglob("*")

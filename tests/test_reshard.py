@@ -12,21 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from gptoss_convert.convert import export_checkpoint, import_checkpoint
-from gptoss_convert.manifest import MANIFEST
 
 
 def weights(folder: Path) -> dict[str, Any]:
     return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
-def but_manifest(tree: dict[str, str]) -> dict[str, str]:
-    """All but where it comes from."""
-    assert MANIFEST in tree
-    return {name: digest for name, digest in tree.items() if name != MANIFEST}
-
-
 def test_there_and_back(
-    megatron: Path, originals: dict[str, Path], tmp_path: Path, invoke: Any, tree: Any
+    megatron: Path, originals: dict[str, Path], tmp_path: Path, invoke: Any, content: Any
 ) -> None:
     files, back = tmp_path / "files", tmp_path / "back"
     layout = ("--tp", 2, "--pp", 3, "--ep", 5, "--format", "torch")
@@ -38,7 +31,7 @@ def test_there_and_back(
     assert folders == grid  # the smallest world that has them all is 10 ranks by stage
     done = invoke("reshard", "--megatron-path", files, "--output", back, "--json")
     assert json.loads(done.stdout)["direction"] == "reshard"
-    assert but_manifest(tree(back)) == but_manifest(tree(megatron))
+    assert content(back) == content(megatron)
     export_checkpoint(files, tmp_path / "hf")
     ours, theirs = weights(tmp_path / "hf"), weights(originals["bf16"])
     assert ours.keys() == theirs.keys()
@@ -124,9 +117,9 @@ def test_plan_refuses_a_layout_where_none_is_written(imported: Path, invoke: Any
 
 
 def test_a_reference_where_nothing_tells_the_model(
-    megatron: Path, originals: dict[str, Path], tmp_path: Path, invoke: Any, tree: Any
+    megatron: Path, originals: dict[str, Path], tmp_path: Path, invoke: Any, content: Any
 ) -> None:
-    before = tree(megatron)
+    before = content(megatron)
     for name in ("run_config.yaml", "common.pt", "huggingface", "tokenizer"):
         path = megatron / "iter_0000000" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -134,7 +127,7 @@ def test_a_reference_where_nothing_tells_the_model(
     assert "--hf-model" in invoke(*words).stderr
     done = invoke(*words, "--hf-model", originals["bf16"])
     assert done.returncode == 0, done.stderr
-    assert but_manifest(tree(tmp_path / "out")) == but_manifest(before)
+    assert content(tmp_path / "out") == before
 
 
 def test_the_other_side_s_format_is_refused(imported: Path, tmp_path: Path, invoke: Any) -> None:

@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gptoss_convert.convert import export_checkpoint, import_checkpoint
+from gptoss_convert.damage import check_manifest
 from gptoss_convert.errors import UsageError
 from gptoss_convert.inspection import inspect_source
+from gptoss_convert.manifest import read_manifest
 from gptoss_convert.opening import Choice, open_source
 from gptoss_convert.registry import default_registry
 from gptoss_convert.reshard import prepare_reshard
@@ -109,11 +111,11 @@ def test_ours_per_layer_is_read_by_megatron_core(case: SimpleNamespace) -> None:
     assert found["rel_l2"] < 1e-5
 
 
-def test_dialects_and_back(case: SimpleNamespace, tmp_path: Path, tree: Any) -> None:
+def test_dialects_and_back(case: SimpleNamespace, tmp_path: Path, content: Any) -> None:
     prepare_reshard(case.root / "ours", dialect="per-layer").run(tmp_path / "there")
-    assert tree(tmp_path / "there") == tree(case.root / "per-layer")
+    assert content(tmp_path / "there") == content(case.root / "per-layer")
     prepare_reshard(tmp_path / "there").run(tmp_path / "back")
-    assert tree(tmp_path / "back") == tree(case.root / "ours")
+    assert content(tmp_path / "back") == content(case.root / "ours")
 
 
 def loaded(folder: Path) -> dict[str, Any]:
@@ -144,6 +146,12 @@ def test_optimizer_state_is_carried_unchanged(case: SimpleNamespace, tmp_path: P
         assert ours[key].dtype == tensor.dtype
     assert (before / "common.pt").read_bytes() == (after / "common.pt").read_bytes()
     assert (tmp_path / "out" / "latest_checkpointed_iteration.txt").read_text() == "7"
+    files = read_manifest(tmp_path / "out").files
+    carried = {
+        s.name.partition("[")[0] for n, f in files.items() if "__state" in n for s in f.tensors
+    }
+    assert {key for key in theirs if key.startswith("optimizer.")} <= carried
+    assert list(check_manifest(tmp_path / "out")) == []
 
 
 @pytest.mark.parametrize("choice", [Choice(), Choice(format="torch")])

@@ -145,10 +145,10 @@ def test_real_ranks() -> None:
 
 @pytest.mark.parametrize("dialect", LAYOUTS)
 def test_back_to_torch_dist_and_to_hugging_face(
-    written: dict[str, Path], stacked: Path, hf: Path, tmp_path: Path, tree: Any, dialect: str
+    written: dict[str, Path], stacked: Path, hf: Path, tmp_path: Path, content: Any, dialect: str
 ) -> None:
     back = reshard_to(written[dialect], tmp_path / "back")
-    assert tree(back) == tree(stacked)
+    assert content(back) == content(stacked)
     export_checkpoint(written[dialect], tmp_path / "hf")
     from safetensors.torch import load_file
 
@@ -160,7 +160,7 @@ def test_back_to_torch_dist_and_to_hugging_face(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_from_ranks_to_ranks(written: dict[str, Path], tmp_path: Path, tree: Any) -> None:
+def test_from_ranks_to_ranks(written: dict[str, Path], tmp_path: Path, content: Any) -> None:
     """Any layout from any other, the same bytes as from the origin."""
     there = reshard_to(
         written["te-sequential"],
@@ -169,7 +169,7 @@ def test_from_ranks_to_ranks(written: dict[str, Path], tmp_path: Path, tree: Any
         dialect="local-sequential",
         choice=Choice(format="torch"),
     )
-    ours, theirs = tree(there), tree(written["local-sequential"])
+    ours, theirs = content(there), content(written["local-sequential"])
     assert ours == theirs
 
 
