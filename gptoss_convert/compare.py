@@ -104,13 +104,26 @@ def difference(first: Tensor, second: Tensor, scratch: Scratch, *, blocks: bool)
         blocks: count runs of 32 along the last dim.
 
     """
+    if first.dim() > 2:  # matrix by matrix, which bounds the memory
+        pairs = zip(first.unbind(0), second.unbind(0), strict=True)
+        return sum((difference(*pair, scratch, blocks=blocks) for pair in pairs), Difference())
     blocks = blocks and first.shape[-1] % BLOCK == 0
-    total = Difference()
-    for one, two in _chunks(first, second):
+    total, start = Difference(), scratch.mark()
+    for one, two in _chunks(_by_rows(first, scratch), _by_rows(second, scratch)):
         mark = scratch.mark()
         total += _of_chunk(_flat(one, scratch), _flat(two, scratch), blocks=blocks)
         scratch.release(mark)
+    scratch.release(start)
     return total
+
+
+def _by_rows(tensor: Tensor, scratch: Scratch) -> Tensor:
+    """With its last dim in one run of memory; turned around as a whole, which is fastest."""
+    if tensor.dim() < 2 or tensor.stride(-1) == 1:
+        return tensor
+    room = scratch.take(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+    transpose.copy(room, tensor)
+    return room
 
 
 def _chunks(first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -138,14 +151,8 @@ def _flat(tensor: Tensor, scratch: Scratch) -> Tensor:
 def _of_chunk(one: Tensor, two: Tensor, *, blocks: bool) -> Difference:
     count = one.numel()
     runs = count // BLOCK if blocks else 0
-    if one.dtype == two.dtype and _same_bits(one, two):
-        wide = one.float()
-        power = float(wide.dot(wide))
-        if _LEAST < power < math.inf:  # float32 held it, so there is no NaN and no infinity
-            powers = (power, power)
-            return Difference(
-                count, count, powers=powers, product=power, blocks=runs, equal_blocks=runs
-            )
+    if max(one.itemsize, two.itemsize) <= 4 and (quick := _in_float32(one, two, runs)):
+        return quick
     x, y = one.double(), two.double()
     alike = (x == y) & (x.signbit() == y.signbit()) | x.isnan() & y.isnan()
     strange = int((~x.isfinite()).sum()), int((~y.isfinite()).sum())
@@ -166,11 +173,56 @@ def _of_chunk(one: Tensor, two: Tensor, *, blocks: bool) -> Difference:
     )
 
 
+def _in_float32(one: Tensor, two: Tensor, runs: int) -> Difference | None:
+    """The same, several times as fast; None where float32 does not hold a sum of squares, as it does
+    not of tiny numbers, huge ones, NaN and infinity.
+    """
+    count = one.numel()
+    x = one.float()
+    power = _held(x, x)
+    if power is not None and one.dtype == two.dtype and _same_bits(one, two):
+        return Difference(
+            count, count, powers=(power, power), product=power, blocks=runs, equal_blocks=runs
+        )
+    y = two.float()
+    error = y - x
+    other, squares = _held(y, y), _held(error, error)
+    if power is None or other is None or squares is None:
+        return None
+    if one.dtype == two.dtype:
+        alike = _bits(one) == _bits(two)
+    else:
+        alike = (x == y) & (x.signbit() == y.signbit())
+    least, most = map(float, error.aminmax())
+    return Difference(
+        count,
+        int(alike.sum()),
+        max(-least, most),
+        squares,
+        (power, other),
+        float(x.dot(y)),
+        (0, 0),
+        runs,
+        int(alike.view(-1, BLOCK).all(1).sum()) if runs else 0,
+    )
+
+
+def _held(one: Tensor, two: Tensor) -> float | None:
+    """A sum of products, if float32 lost nothing of weight in it."""
+    total = float(one.dot(two))
+    return total if _LEAST < total < math.inf else None
+
+
 def _same_bits(one: Tensor, two: Tensor) -> bool:
     import torch
 
-    wide = all(
-        t.numel() * t.itemsize % 8 == t.storage_offset() * t.itemsize % 8 == 0 for t in (one, two)
-    )
-    kind = torch.int64 if wide else getattr(torch, f"int{8 * one.itemsize}")
-    return torch.equal(one.view(kind), two.view(kind))
+    places = (n * t.itemsize % 8 for t in (one, two) for n in (t.numel(), t.storage_offset()))
+    if any(places):
+        return torch.equal(_bits(one), _bits(two))
+    return torch.equal(one.view(torch.int64), two.view(torch.int64))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    import torch
+
+    return tensor.view(getattr(torch, f"int{8 * tensor.itemsize}"))

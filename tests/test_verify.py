@@ -135,9 +135,9 @@ def test_the_figures_are_those_of_the_definition() -> None:
     equal = (x == y) & (x.signbit() == y.signbit()) | (x.isnan() & y.isnan())
     assert (found.elements, found.equal) == (x.numel(), int(equal.sum()))
     assert found.nonfinite == (1, 2)
-    assert found.largest == pytest.approx(float((b - a).abs().max()), rel=1e-12)
-    assert found.relative == pytest.approx(float((b - a).norm() / a.norm()), rel=1e-9)
-    assert found.cosine == pytest.approx(float(a @ b / a.norm() / b.norm()), rel=1e-9)
+    assert found.largest == pytest.approx(float((b - a).abs().max()), rel=1e-6)
+    assert found.relative == pytest.approx(float((b - a).norm() / a.norm()), rel=1e-6)
+    assert found.cosine == pytest.approx(float(a @ b / a.norm() / b.norm()), rel=1e-6)
     assert (found.blocks, found.equal_blocks) == (63, int(equal.view(-1, 32).all(1).sum()))
 
 
@@ -347,7 +347,8 @@ def test_values_that_are_not_finite(
 
     bad = damaged(originals["bf16"], tmp_path / "bad", DOWN, spoil)
     found = facts(invoke("verify", bad, "--values", "--json"))
-    assert [(f["where"], f["severity"]) for f in found["findings"]] == [(DOWN, "warning")]
+    named = [(f["where"], f["severity"]) for f in found["findings"] if f["severity"] != "info"]
+    assert named == [(DOWN, "warning")]
     found = facts(invoke("verify", originals["bf16"], bad, "--json"))
     assert {(f["where"], f["severity"]) for f in found["findings"]} == {(DOWN, "error")}
 
@@ -363,6 +364,46 @@ def test_one_flipped_bit(forms: dict[str, Path], tmp_path: Path, invoke: Run) ->
     (tensor,) = (t for t in found["tensors"] if t["equal"] < t["elements"])
     assert (tensor["name"], tensor["elements"] - tensor["equal"]) == (GATE_UP, 1)
     assert [f["where"] for f in found["findings"]] == [GATE_UP]
+
+
+def test_a_folder_by_itself_is_held_against_its_manifest(
+    forms: dict[str, Path], tmp_path: Path, invoke: Run
+) -> None:
+    folder = Path(shutil.copytree(forms["torch_dist"], tmp_path / "mg"))
+    for place in (folder, next(folder.glob("iter_*"))):
+        done = invoke("verify", place)
+        assert done.returncode == 0, done.stdout
+        assert "files are as they were written" in done.stdout
+    path = min(folder.glob("iter_*/__1_0.distcp"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 8
+    path.write_bytes(data)
+    found = facts(invoke("verify", folder, "--json"))
+    (finding,) = (f for f in found["findings"] if f["severity"] == "error")
+    assert finding["where"].endswith(path.name)
+    assert "decoder.layers" in finding["what"]
+    assert invoke("verify", folder, "--headers").returncode == 0
+
+
+@pytest.mark.parametrize("pair", [("mxfp4", "torch_dist"), ("torch_dist", "bf16")])
+def test_logits(pair: tuple[str, str], forms: dict[str, Path], invoke: Run) -> None:
+    """Longer than the sliding window of 128; transformers on one side, megatron-core on the other."""
+    one, two = (forms[name] for name in pair)
+    found = facts(invoke("verify", one, two, "--logits", "--prompt-length", "140", "--json"))
+    logits = found["logits"]
+    assert logits["positions"] == len(logits["relative_error_by_position"]) == 140
+    assert 0 < logits["relative_error"] < 1e-5
+    assert logits["argmax_agreement"] == 1
+    assert abs(logits["kl_mean"]) < 1e-9
+
+
+def test_logits_of_another_model(forms: dict[str, Path], tmp_path: Path, invoke: Run) -> None:
+    """The sinks of one layer reversed: values differ, and so do the logits."""
+    bad = damaged(forms["bf16"], tmp_path / "bad", SINKS, lambda t: t.flip(0))
+    command = ["verify", forms["torch_dist"], bad, "--logits", "--prompt-length", "140"]
+    found = facts(invoke(*command, "--tolerance", "10", "--json"))
+    assert [f["where"] for f in found["findings"]] == ["logits"]
+    assert found["logits"]["relative_error"] > found["logits"]["limit"]
 
 
 def test_what_is_no_checkpoint(originals: dict[str, Path], tmp_path: Path, invoke: Run) -> None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 DOWN, GATE_UP, SINKS = "mlp.experts.down_proj", "mlp.experts.gate_up_proj", "self_attn.sinks"
 _MUCH = 0.05  # a rearrangement explains a difference if it leaves less than this share of it
+_CORNER = 512  # of a matrix is enough to see whether it is transposed
+_COLUMNS = 64  # of it, to see the order of its rows
 _ROWS = 1 << 12  # of padding read at a time
 
 # Fields that decide what a model computes, by what it means that they differ.
@@ -154,8 +156,10 @@ def experts_in_order(pair: Pair) -> Iterator[Finding]:
     if pair.equal or pair.second is None:
         return
     if pair.name.endswith((DOWN, GATE_UP)):
-        first, second = (_natural(tensor, pair) for tensor in (pair.first, pair.second))
-        if first.shape == second.shape[::-1] and _explains(first, second, second.T):
+        both = (_natural(tensor, pair) for tensor in (pair.first, pair.second))
+        first, second = (matrix[:_CORNER, :_CORNER] for matrix in both)
+        is_square = pair.shape[-1] == pair.shape[-2]
+        if is_square and _explains(first, second, second.T):
             short = pair.name.rsplit(".", 1)[-1]
             yield Finding(
                 "error",
@@ -164,7 +168,8 @@ def experts_in_order(pair: Pair) -> Iterator[Finding]:
                 "convert the model again; a square matrix does not show its orientation",
             )
     if pair.name.endswith((GATE_UP, GATE_UP + "_bias")):
-        first, second = (_gated_rows(tensor, pair) for tensor in (pair.first, pair.second))
+        both = (_gated_rows(tensor, pair) for tensor in (pair.first, pair.second))
+        first, second = (rows[..., :_COLUMNS] if rows.dim() > 1 else rows for rows in both)
         for state, rows in _gate_orders(second):
             if _explains(first, second, rows):
                 yield Finding(
