@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptoss_convert.conversion import Conversion, Result
@@ -22,7 +21,7 @@ from gptoss_convert.opening import (
     Choice,
     config_of,
     find_hints,
-    looks_like_an_id,
+    hub_id,
     open_source,
     own_config,
 )
@@ -31,6 +30,7 @@ from gptoss_convert.registry import Registry, default_registry
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from gptoss_convert.fit import Direction
     from gptoss_convert.types import Codec, Config, Format, Side, TensorSource
@@ -89,8 +89,6 @@ def prepare_import(
         revision=revision,
         headers_only=headers_only,
     )
-    name = str(hf_model)
-    hub_id = name if looks_like_an_id(name) and not Path(name).exists() else None
     config = own_config(source)
     return prepare(
         "import",
@@ -100,7 +98,7 @@ def prepare_import(
         choice=choice,
         dtype=torch_dtype,
         codec=source_codec(config, registry, choice),
-        hub_id=hub_id,
+        name_or_path=hub_id(hf_model),
         keep_hints=keep_scales,
         target=Target(layout or Layout(), dialect or ""),
     )
@@ -224,8 +222,7 @@ def _reference(
     """The reference model, if one is named; a hub id that is not needed is not fetched."""
     if hf_model is None:
         return None
-    elsewhere = looks_like_an_id(str(hf_model)) and not Path(hf_model).expanduser().exists()
-    if source.config is not None and elsewhere:
+    if source.config is not None and hub_id(hf_model):
         log.info("%s is not needed: the checkpoint carries its own config", hf_model)
         return None
     return open_source(hf_model, "hf", registry=registry, revision=revision, headers_only=True)
@@ -255,7 +252,7 @@ def prepare(
     dtype: str | None = None,
     codec: Codec | None = None,
     files: Mapping[str, Path] | None = None,
-    hub_id: str | None = None,
+    name_or_path: str | None = None,
     keep_hints: bool = False,
     encode_as: Codec | None = None,
     scales_from: str | Path | None = None,
@@ -286,7 +283,7 @@ def prepare(
         known_codecs=registry.codecs().values(),
         dtype=from_torch_name(dtype) if dtype else None,
         files=source.files if files is None else files,
-        name_or_path=hub_id,
+        name_or_path=name_or_path,
         encoding=encoding,
         keep_hints=keep_hints,
         target=target,

@@ -85,6 +85,12 @@ def _locate(
     return folder
 
 
+def hub_id(name: str | Path) -> str | None:
+    """The name, if it is a hub id and no folder."""
+    there = Path(name).expanduser().exists()
+    return str(name) if looks_like_an_id(str(name)) and not there else None
+
+
 def looks_like_an_id(name: str) -> bool:
     """``org/model``, and not a path."""
     return name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not name.endswith("/")

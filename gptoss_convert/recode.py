@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from gptoss_convert.convert import prepare, source_codec, writing_codecs
 from gptoss_convert.encoding import bind
 from gptoss_convert.errors import CheckpointError, UsageError
-from gptoss_convert.opening import Choice, open_source, own_config
+from gptoss_convert.opening import Choice, hub_id, open_source, own_config
 from gptoss_convert.registry import Registry, default_registry
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def prepare_quantize(
         codec=before and bind(before, reading),
         encode_as=target,
         scales_from=scales_from,
+        name_or_path=hub_id(hf_model),
     )
 
 
@@ -122,4 +123,5 @@ def prepare_dequantize(
         choice=choice,
         dtype=torch_dtype,
         codec=codec,
+        name_or_path=hub_id(hf_model),
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from gptoss_convert.opening import hub_id
 from gptoss_plugins.demo import make_checkpoint
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -131,3 +132,11 @@ def test_a_hub_that_does_not_answer_is_one_sentence(tmp_path: Path, command: lis
         assert failed.returncode == 1
         assert failed.stderr.startswith("error: no-one/nothing: is no folder here, and the hub did")
         assert "Traceback" not in failed.stderr
+
+
+def test_a_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest names a source by its id where the cache's path would tell nothing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "here").mkdir(parents=True)
+    assert hub_id("org/here") is hub_id(tmp_path) is hub_id("./org") is None
+    assert hub_id("org/there") == "org/there"
