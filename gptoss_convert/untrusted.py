@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import re
 import stat
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptoss_convert.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
 MOST_COMPANION = 256 << 20  # bytes; the largest tokenizers there are take a tenth of that
 # Where huggingface_hub keeps the bytes of every file; its folders of a model are links to them.
@@ -61,7 +61,8 @@ def require_inside(folder: Path, paths: Iterable[Path]) -> None:
     home = os.path.realpath(folder)
     for path in filter(os.path.exists, paths):
         place = os.path.realpath(path)
-        if not Path(place).is_relative_to(home) and not _HUB_BLOB.fullmatch(place):
+        inside = place == home or place.startswith(home.rstrip("/") + "/")
+        if not inside and not _HUB_BLOB.fullmatch(place):
             raise CheckpointError(
                 f"{path}: is a link to {place}, outside of the checkpoint; put the file itself there"
             )

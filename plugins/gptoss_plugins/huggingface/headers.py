@@ -26,6 +26,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _LONGEST_HEADER = 100_000_000  # the safetensors library's own limit
 _LONGEST_JSON = 64 << 20  # an index takes 100 bytes per tensor
+_MOST_SHARDS = 10_000
 _DEEPEST = 32  # dims of a tensor; torch has no more than 64
 
 
@@ -125,6 +126,8 @@ def _index(folder: Path) -> dict[str, str]:
             raise CheckpointError(
                 f"{index}: places {name} in {file!r}, which is no file name; fetch it again"
             )
+    if (count := len(set(weight_map.values()))) > _MOST_SHARDS:
+        raise CheckpointError(f"{index}: names {count:,} files, as no checkpoint has; fetch it again")
     return weight_map
 
 

@@ -10,6 +10,7 @@ from gptoss_convert.untrusted import read_small
 if TYPE_CHECKING:
     from pathlib import Path
 
+_DEEPEST = 32
 _LONGEST = 256 << 10  # bytes; Megatron-Bridge writes a tenth of that, and YAML is slow to read
 
 
@@ -23,7 +24,14 @@ def model_of(path: Path) -> dict[Any, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Without merge keys (``<<``): a few lines of them make mappings without end."""
+        """Without what makes a short file endless: merge keys (``<<``), and brackets in brackets."""
+
+        def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
+            if self.flow_level > _DEEPEST:
+                raise yaml.scanner.ScannerError(
+                    problem="it nests too deep", problem_mark=self.get_mark()
+                )
+            super().fetch_flow_collection_start(token)
 
         def flatten_mapping(self, node: yaml.MappingNode) -> None:
             if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):

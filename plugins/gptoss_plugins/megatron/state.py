@@ -100,9 +100,10 @@ class CarriedState:
         return metadata.Contents(tensors, {n: moved[at] for n, at in self._objects.items()})
 
     def sidecar(self, name: str) -> bytes | None:
-        """A small ``torch.save`` file that the trainer reads back; None if it wrote none."""
+        """A small file that the trainer reads back, as it is; None if it wrote none."""
         path = self._folder / name
         if not path.is_file():
             return None
-        read_object(BlockReader(path), 0, path.stat().st_size, str(path))
+        if path.suffix == ".pt":
+            read_object(BlockReader(path), 0, path.stat().st_size, str(path))
         return read_small(path, LONGEST)
