@@ -40,6 +40,7 @@ def hugging_face_logits(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     quantized: bool = False,
+    experts: str | None = None,
 ) -> Tensor:
     """What transformers' own model makes of a prompt, float32 ``[tokens, vocabulary]`` on the CPU.
 
@@ -49,12 +50,15 @@ def hugging_face_logits(
         dtype: of the computation.
         device: where to compute.
         quantized: whether the checkpoint is in MXFP4, which is decoded when it is loaded.
+        experts: which of transformers' implementations of the experts; its own choice by default.
 
     """
     from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config, utils
 
     utils.logging.disable_progress_bar()
-    more = {"quantization_config": Mxfp4Config(dequantize=True)} if quantized else {}
+    more: dict[str, Any] = {}
+    if quantized:
+        more["quantization_config"] = Mxfp4Config(dequantize=True)
     where = {"trust_remote_code": False, "local_files_only": True}  # no code of the folder is run
     try:
         config = AutoConfig.from_pretrained(folder, **where)
@@ -62,6 +66,10 @@ def hugging_face_logits(
             config.pad_token_id or 0
         ) >= config.vocab_size:  # a vocabulary cut short, to try things out
             config.pad_token_id = None
+        if torch.device(device).type != "cpu":
+            more["device_map"] = str(device)  # decoded there, and never whole on the host
+        if experts:
+            more["experts_implementation"] = experts
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
