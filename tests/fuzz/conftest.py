@@ -220,9 +220,10 @@ def fuzz() -> Callable[[Callable[[], Any], int], None]:
             suppress_health_check=list(HealthCheck),
             phases=[Phase.generate, *([Phase.shrink] if SECONDS else [])],
         )
-        until = time.monotonic() + SECONDS
-        how(test)() if not SECONDS else None
+        tried, until = how(test), time.monotonic() + SECONDS
+        if not SECONDS:
+            tried()
         while time.monotonic() < until:
-            seed(random.randrange(1 << 64))(how(test))()
+            seed(random.randrange(1 << 64))(tried)()
 
     return run
