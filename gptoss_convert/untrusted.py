@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MOST_COMPANION = 256 << 20  # bytes; the largest tokenizers there are take a tenth of that
-# Where huggingface_hub keeps the bytes of every file; its folders of a model are links to them.
-_HUB_BLOB = re.compile(r".*/(models|datasets|spaces)--[^/]+/blobs/[0-9a-f]{40,64}")
+# A folder of a model in huggingface_hub's cache: links to the bytes, which stand in ``blobs`` beside.
+_SNAPSHOT = re.compile(r"(?P<repository>.*/models--[^/]+)/snapshots/[^/]+")
 
 
 def read_small(path: Path, most: int, remedy: str = "fetch it again") -> bytes:
@@ -52,17 +52,18 @@ def read_small(path: Path, most: int, remedy: str = "fetch it again") -> bytes:
 def require_inside(folder: Path, paths: Iterable[Path]) -> None:
     """Refuse files that are links out of the folder: what they hold is the user's, not the model's.
 
-    The hub's cache is made of such links, and they lead to its own files.
+    In the hub's cache a model is made of such links, and they lead to its own files.
 
     Raises:
         CheckpointError: naming the first.
 
     """
     home = os.path.realpath(folder)
+    cached = _SNAPSHOT.fullmatch(home)
+    homes = [home, *([f"{cached['repository']}/blobs"] if cached else [])]
     for path in filter(os.path.exists, paths):
         place = os.path.realpath(path)
-        inside = place == home or place.startswith(home.rstrip("/") + "/")
-        if not inside and not _HUB_BLOB.fullmatch(place):
+        if not any(place == at or place.startswith(at.rstrip("/") + "/") for at in homes):
             raise CheckpointError(
                 f"{path}: is a link to {place}, outside of the checkpoint; put the file itself there"
             )
