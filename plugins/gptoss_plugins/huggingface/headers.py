@@ -127,7 +127,9 @@ def _index(folder: Path) -> dict[str, str]:
                 f"{index}: places {name} in {file!r}, which is no file name; fetch it again"
             )
     if (count := len(set(weight_map.values()))) > _MOST_SHARDS:
-        raise CheckpointError(f"{index}: names {count:,} files, as no checkpoint has; fetch it again")
+        raise CheckpointError(
+            f"{index}: names {count:,} files, as no checkpoint has; fetch it again"
+        )
     return weight_map
 
 
