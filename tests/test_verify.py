@@ -406,6 +406,23 @@ def test_logits_of_another_model(forms: dict[str, Path], tmp_path: Path, invoke:
     assert found["logits"]["relative_error"] > found["logits"]["limit"]
 
 
+def test_by_several_processes(
+    forms: dict[str, Path], tmp_path: Path, invoke: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each reads its share, one tells the result, which is that of a single process."""
+    bad = damaged(forms["bf16"], tmp_path / "bad", SINKS, torch.zeros_like)
+    monkeypatch.chdir(tmp_path)
+    command = ["verify", forms["torch_dist"], bad, "--json"]
+    alone = facts(invoke(*command))
+    ranks = [2, 0, 1]
+    done = [invoke(*command, env={"RANK": str(n), "WORLD_SIZE": "3"}) for n in ranks]
+    assert [run.returncode for run in done] == [0, 0, MISMATCH]
+    assert [run.stdout for run in done[:2]] == ["", ""]
+    found = facts(done[2])
+    assert {**found, "seconds": 0} == {**alone, "seconds": 0}
+    assert not list(tmp_path.glob(".gptoss-verify-*"))
+
+
 def test_what_is_no_checkpoint(originals: dict[str, Path], tmp_path: Path, invoke: Run) -> None:
     done = invoke("verify", originals["bf16"], tmp_path / "nothing")
     assert done.returncode == 1

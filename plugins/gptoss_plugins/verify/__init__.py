@@ -97,10 +97,13 @@ def verify(
     A alone is held against the manifest.json that was written with it (not with --headers), so that
     a flipped bit is found and its tensor named; --values looks at all numbers, too.
 
-    Exit code 3 if something is wrong: a damaged file, a tensor that is missing or differs, a config that lost what
-    the model needs, one of the known bad states (docs/verify.md).
+    As one of several processes (torchrun, srun) it reads its share, and the last one tells the result.
+
+    Exit code 3 if something is wrong: a damaged file, a tensor that is missing or differs, a config
+    that lost what the model needs, one of the known bad states (docs/verify.md).
     """
     from gptoss_convert.convert import open_source
+    from gptoss_convert.crew import current_crew
     from gptoss_convert.progress import reporting
     from gptoss_plugins.verify.checking import (
         Report,
@@ -122,7 +125,11 @@ def verify(
         reference = open_source(
             hf_model, "hf", registry=registry, revision=hf_revision, headers_only=True
         ).config
-    if second is None and values is not False and Path(first).is_dir():
+    crew, is_whole = current_crew(), True
+    if logits and crew.size > 1:
+        raise click.UsageError("--logits runs in one process; on several there is roundtrip")
+    alone = second is None and values is not False and Path(first).is_dir()
+    if alone and crew.rank == 0:
         root = manifest_root(first)
         size = sum(p.stat().st_size for p in root.rglob("*") if p.is_file()) if root else 0
         with reporting("verify", size, show=bool(root) and not no_progress) as progress:
@@ -133,9 +140,10 @@ def verify(
     if len(opened) == len(paths):
         one, *two = opened
         other = two[0] if two else None
-        total = nbytes(one, other) if wanted else 0
-        with reporting("verify", total, show=wanted and not no_progress) as progress:
-            check(
+        total = nbytes(one, other) // crew.size if wanted else 0
+        show = wanted and not no_progress and crew.rank == 0
+        with reporting("verify", total, show=show) as progress:
+            is_whole = check(
                 one,
                 other,
                 report,
@@ -144,7 +152,7 @@ def verify(
                 workers=workers,
                 progress=progress,
             )
-        if logits and other:
+        if logits and other and is_whole:
             from gptoss_plugins.verify.logits import check_logits
 
             check_logits(
@@ -157,6 +165,8 @@ def verify(
                 device=device,
                 limit=logits_tolerance,
             )
+    if not is_whole:
+        return
     if html:
         from gptoss_plugins.verify.page import write_page
 

@@ -7,12 +7,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptoss_convert.crew import current_crew
 from gptoss_convert.damage import check_manifest
 from gptoss_convert.errors import ConvertError, PlanError, PluginError
 from gptoss_convert.logical import Logical, open_logical
 from gptoss_convert.manifest import MANIFEST
 from gptoss_convert.opening import looks_like_an_id
 from gptoss_convert.types import Finding
+from gptoss_plugins.verify.shares import together
 from gptoss_plugins.verify.values import Values, compare_values
 
 if TYPE_CHECKING:
@@ -156,8 +158,13 @@ def check(
     values: bool,
     workers: int | None = None,
     progress: Progress = lambda nbytes: None,
-) -> None:
-    """Look at headers, config and, if wanted, at all values."""
+) -> bool:
+    """Look at headers, config and, if wanted, at all values.
+
+    Returns:
+        whether the report is whole; False in all but one of several processes.
+
+    """
     started = time.monotonic()
     validators = list(registry.validators().values())
     checkpoints = [one for one in (first, second) if one]
@@ -166,13 +173,18 @@ def check(
     for validator in (v for v in validators if v.stage == "model"):
         report.findings += validator.check(first, second)
     if values:
-        report.values = compare_values(
-            first, second, validators, workers=workers, progress=progress
+        crew = current_crew()
+        share = compare_values(
+            first, second, validators, workers=workers, progress=progress, crew=crew
         )
+        report.values = together(share, crew, first, second)
+        if report.values is None:
+            return False
         report.findings += report.values.findings
         if second:
             report.findings += _different(report.values, report.tolerance)
     report.seconds += time.monotonic() - started
+    return values or current_crew().rank == 0
 
 
 def _complete(of: Logical) -> Iterator[Finding]:

@@ -18,6 +18,7 @@ from gptoss_convert.types import Finding, Pair
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from gptoss_convert.crew import Crew
     from gptoss_convert.execute import Progress
     from gptoss_convert.pieces import Piece
     from gptoss_convert.plan import Step
@@ -78,6 +79,7 @@ def compare_values(
     *,
     workers: int | None = None,
     progress: Progress = lambda nbytes: None,
+    crew: Crew | None = None,
 ) -> Values:
     """Read both, and compare what both have.
 
@@ -87,6 +89,7 @@ def compare_values(
         validators: those of stage ``values`` see every piece.
         workers: pieces at work side by side.
         progress: called with the bytes just read, from any thread.
+        crew: the processes at it; this one reads its share.
 
     """
     import torch
@@ -98,8 +101,9 @@ def compare_values(
     torch.set_num_threads(max(1, before // count))
     try:
         with ThreadPoolExecutor(count, "verify") as pool:
-            for jobs in _pairs(first, second):
-                list(pool.map(work.run, _jobs(*jobs)))
+            for number, jobs in enumerate(_pairs(first, second)):
+                if crew is None or number % crew.size == crew.rank:
+                    list(pool.map(work.run, _jobs(*jobs)))
     finally:
         torch.set_num_threads(before)
     return work.result()
