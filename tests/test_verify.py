@@ -314,6 +314,35 @@ def test_yarn_gone_altogether(originals: dict[str, Path], tmp_path: Path, invoke
         assert "YaRN constants lost" in done.stdout
 
 
+def test_a_transposed_matrix_that_is_not_square(
+    originals: dict[str, Path], tmp_path: Path, invoke: Run
+) -> None:
+    bad = damaged(originals["bf16"], tmp_path / "bad", DOWN, lambda t: t.transpose(1, 2))
+    for command in (["verify", bad], ["verify", originals["bf16"], bad]):
+        done = invoke(*command)
+        assert done.returncode == MISMATCH
+        assert f"transposed down_proj: {DOWN}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("state", "changes"),
+    [
+        ("YaRN constants lost", {"rope_scaling": None, "rope_parameters": None}),
+        ("sliding window lost", {"layer_types": ["full_attention"] * 3}),
+    ],
+)
+def test_a_config_that_lost_something_by_itself(
+    state: str, changes: dict[str, Any], originals: dict[str, Path], tmp_path: Path, invoke: Run
+) -> None:
+    bad = Path(shutil.copytree(originals["bf16"], tmp_path / "bad"))
+    config = json.loads((bad / "config.json").read_bytes())
+    config |= {name: value for name, value in changes.items() if name in config}
+    (bad / "config.json").write_text(json.dumps(config))
+    done = invoke("verify", bad)
+    assert done.returncode == MISMATCH
+    assert state in done.stdout, done.stdout
+
+
 def test_ghost_index_keys(originals: dict[str, Path], tmp_path: Path, invoke: Run) -> None:
     bad = put(tmp_path / "bad", originals["bf16"], tensors_of(originals["bf16"]))
     index = json.loads((bad / INDEX).read_bytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from gptoss_convert.types import Config
 
 SCHEMA = "gptoss-convert.verify/1"
+_SHAPES = re.compile(r"has shape \[([\d, ]+)\] where the config asks for \[([\d, ]+)\]")
 _MAKE_AGAIN = "make the checkpoint again, or fetch it again"
 
 
@@ -201,7 +203,16 @@ def _problem(path: str, problem: str) -> Finding:
     what, _, remedy = problem.partition("; ")
     if "where model.safetensors.index.json places it" in problem:
         what = f"ghost index keys: {what}"
+    if (found := _SHAPES.search(what)) and _are_transposed(*found.groups()):
+        name = what.partition(":")[0].rsplit(".", 1)[-1]
+        what = f"transposed {name}: {what}"
     return Finding("error", path, what, remedy or _MAKE_AGAIN)
+
+
+def _are_transposed(one: str, two: str) -> bool:
+    """Whether two shapes, as they are printed, have their last two sizes swapped."""
+    first, second = (shape.split(", ") for shape in (one, two))
+    return len(first) > 1 and first[-2:] == second[:-3:-1] and first != second
 
 
 def _broken(path: str, text: str) -> Finding:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DOWN, GATE_UP, SINKS = "mlp.experts.down_proj", "mlp.experts.gate_up_proj", "self_attn.sinks"
 _MUCH = 0.05  # a rearrangement explains a difference if it leaves less than this share of it
+_ORIGINAL = 4096  # positions that GPT-OSS has without YaRN
 _CORNER = 512  # of a matrix is enough to see whether it is transposed
 _COLUMNS = 64  # of it, to see the order of its rows
 _ROWS = 1 << 12  # of padding read at a time
@@ -67,6 +68,29 @@ def config_kept(first: Logical, second: Logical | None) -> Iterator[Finding]:
             yield from _differences(one.fields, own, f"{one.source.path} (its Megatron config)")
     if second is not None:
         yield from _differences(first.fields, second.fields, str(second.source.path))
+
+
+def config_of_gpt_oss(first: Logical, second: Logical | None) -> Iterator[Finding]:
+    """By itself, too, a config of GPT-OSS has YaRN and layers with a window."""
+    for one in filter(None, (first, second)):
+        if one.family.name != "gpt-oss":
+            continue
+        fields, where = one.fields, str(one.source.path)
+        if fields["position_embedding_type"] != "yarn" and fields["seq_length"] > _ORIGINAL:
+            yield Finding(
+                "error",
+                where,
+                f"YaRN constants lost: the config has none, and {fields['seq_length']} positions",
+                "restore the model's own config",
+            )
+        freq = fields["window_attn_skip_freq"]
+        if isinstance(freq, list) and not any(freq):
+            yield Finding(
+                "error",
+                where,
+                "sliding window lost: no layer has one, and in GPT-OSS every other layer does",
+                "restore the model's own config",
+            )
 
 
 def _differences(
@@ -224,6 +248,7 @@ def _explains(first: Tensor, second: Tensor, mended: Tensor) -> bool:
 def validators() -> Iterable[Validator]:
     """All of them."""
     yield Validator("config", "model", config_kept)
+    yield Validator("config of GPT-OSS", "model", config_of_gpt_oss)
     yield Validator("sinks", "model", sinks_there)
     yield Validator("vocabulary padding", "model", padding_zero)
     yield Validator("zero sinks", "values", sinks_not_zero)
