@@ -16,6 +16,7 @@ from gptoss_convert import (
     hookimpl,
 )
 from gptoss_convert.errors import ConfigError
+from gptoss_convert.plan import MOST_LAYERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 ARCHITECTURE = "GptOssForCausalLM"
 HF, MG = "model.layers.{L}.", "decoder.layers.{L}."
 NUMBER = (int, float)
+_LARGEST = 1e300  # JSON has integers that no float holds
 UNQUANTIZED = (  # as both published configs have it; everything but the experts
     "model.layers.*.self_attn",
     "model.layers.*.mlp.router",
@@ -170,8 +172,7 @@ def hf_config(megatron: Config) -> dict[str, Any]:
 
     Fields that Megatron does not know keep transformers' defaults.
     """
-    layers, freq = megatron["num_layers"], megatron["window_attn_skip_freq"]
-    window = [(i + 1) % freq != 0 for i in range(layers)] if isinstance(freq, int) else freq
+    layers, window = megatron["num_layers"], _windows(megatron)
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "gpt_oss",
@@ -191,7 +192,7 @@ def hf_config(megatron: Config) -> dict[str, Any]:
         "num_local_experts": megatron["num_moe_experts"],
         "rms_norm_eps": megatron["layernorm_epsilon"],
         "router_aux_loss_coef": megatron.get("moe_aux_loss_coeff", 0.9),
-        "sliding_window": megatron["window_size"][0] + 1,
+        "sliding_window": _window_size(megatron) + 1,
         "swiglu_limit": megatron["activation_func_clamp_value"],
         "tie_word_embeddings": megatron.get("share_embeddings_and_output_weights", False),
         "vocab_size": megatron["vocab_size"],
@@ -199,11 +200,36 @@ def hf_config(megatron: Config) -> dict[str, Any]:
     }
 
 
+def _windows(megatron: Config) -> list[Any]:
+    """By layer, whether its attention has a window."""
+    layers, freq = megatron["num_layers"], megatron["window_attn_skip_freq"]
+    if isinstance(freq, list | tuple):
+        return list(freq)
+    whole = all(type(n) is int and n > 0 for n in (layers, freq))
+    if not whole or layers > MOST_LAYERS:
+        raise ConfigError(
+            f"Megatron's config: num_layers {layers} and window_attn_skip_freq {freq} make no model; "
+            f"restore it, or name the model with --hf-model"
+        )
+    return [(i + 1) % freq != 0 for i in range(layers)]
+
+
+def _window_size(megatron: Config) -> int:
+    """How far back a window reaches."""
+    size = megatron["window_size"]
+    if not isinstance(size, list | tuple) or len(size) != 2 or type(size[0]) is not int:
+        raise ConfigError(
+            f"Megatron's config: window_size {size} is no pair of numbers; restore it, or name the "
+            f"model with --hf-model"
+        )
+    return int(size[0])
+
+
 def _require_gpt_oss(config: Config) -> None:
     """Refuse what looks like GPT-OSS but computes something else."""
     for name, kind in FIELDS.items():
         least = 1 if kind is int else 0.0 if kind is NUMBER else None
-        if least is not None and not (math.isfinite(config[name]) and config[name] >= least):
+        if least is not None and not (_is_number(config[name]) and config[name] >= least):
             raise ConfigError(
                 f"config.json: {name} is {config[name]}; restore the model's own config.json"
             )
@@ -228,11 +254,17 @@ def _require_gpt_oss(config: Config) -> None:
 def _number(config: Config, name: str, default: float) -> float:
     """A field that older configs lack; there, what GPT-OSS has always had."""
     value = config.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, NUMBER) or not math.isfinite(value):
+    if not _is_number(value):
         raise ConfigError(
             f"config.json: {name} is {value!r} and no number; restore the model's own config.json"
         )
     return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    """Finite, and within a float's range."""
+    is_one = isinstance(value, NUMBER) and not isinstance(value, bool)
+    return is_one and -_LARGEST < value < _LARGEST
 
 
 def _window_pattern(kinds: list[str]) -> int | list[int]:
@@ -251,8 +283,8 @@ def _megatron_rope(config: Config) -> dict[str, Any]:
         "position_embedding_type": "yarn",
         "yarn_rotary_scaling_factor": float(rope["factor"]),
         "yarn_original_max_position_embeddings": rope["original_max_position_embeddings"],
-        "yarn_beta_fast": float(rope.get("beta_fast") or 32.0),
-        "yarn_beta_slow": float(rope.get("beta_slow") or 1.0),
+        "yarn_beta_fast": _number(rope, "beta_fast", 32.0) or 32.0,
+        "yarn_beta_slow": _number(rope, "beta_slow", 1.0) or 1.0,
         "yarn_mscale": rope.get("mscale"),
         "yarn_mscale_all_dim": rope.get("mscale_all_dim"),
         "yarn_correction_range_round_to_int": bool(rope.get("truncate", True)),
@@ -329,13 +361,17 @@ def _require_known_rope(rope: dict[str, Any]) -> dict[str, Any]:
             f"rope_parameters as well as in rope_theta and rope_scaling; restore the model's own "
             f"config.json"
         )
+    for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"):
+        if rope.get(name) is None:
+            rope.pop(name, None)
+        else:
+            _number(rope, name, 0.0)
     _require_default_attention_factor(rope)
     return rope
 
 
 def _is_positive(value: Any) -> bool:
-    is_number = isinstance(value, NUMBER) and not isinstance(value, bool)
-    return is_number and 0 < value < math.inf
+    return _is_number(value) and value > 0
 
 
 def _require_default_attention_factor(rope: dict[str, Any]) -> None:
