@@ -185,12 +185,20 @@ Try = Callable[..., list[Ended]]
 
 @pytest.fixture
 def attempt(jail: Jail, tmp_path: Path) -> Try:
-    """Run commands on a damaged checkpoint, and hold what they do against all that is allowed."""
+    """Run commands on a damaged checkpoint, and hold what they do against all that is allowed.
 
-    def run(form: str, source: Path, which: Callable[[list[Any]], bool] = lambda c: True) -> Any:
+    All that ``which`` lets through; of those one in five if a ``turn`` is given, others each turn.
+    """
+
+    def run(
+        form: str,
+        source: Path,
+        which: Callable[[list[Any]], bool] = lambda command: True,
+        turn: int | None = None,
+    ) -> list[Ended]:
         target, before = source.parent / "target", everything(tmp_path)
-        done = []
-        for command in filter(which, commands(form, source, target)):
+        chosen, done = list(filter(which, commands(form, source, target))), []
+        for command in chosen if turn is None else chosen[turn % 5 :: 5]:
             ended = jail(*command)
             wrong = wrong_with(ended, command)
             if ended.code == 0 and target.exists():
