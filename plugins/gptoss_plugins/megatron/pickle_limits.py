@@ -51,7 +51,8 @@ class _Walk:
 
     def to_its_end(self) -> None:
         """All of it. What most of a ``.metadata`` is made of is done here, for speed."""
-        data, at, stack, memo, atoms = self._data, 0, self._stack, self._memo, _ATOMS
+        data, at, stack, memo = self._data, 0, self._stack, self._memo
+        atoms, drops = _ATOMS, _DROPS
         for _ in range(min(len(data), _MOST_STEPS)):
             code = data[at]
             at += 1
@@ -66,6 +67,8 @@ class _Walk:
             elif code == _BINGET:
                 stack.append(memo[data[at]])
                 at += 1
+            elif drop := drops[code]:
+                del stack[-drop:]
             elif code == _MARK:
                 self._marks.append(len(stack))
             elif code == _STOP:
@@ -168,12 +171,12 @@ _SPECIAL: dict[str, Callable[[_Walk], None]] = {
     **{n: partial(_Walk.put, width=w) for n, w in (("PUT", 0), ("BINPUT", 1), ("LONG_BINPUT", 4))},
     **{n: partial(_Walk.get, width=w) for n, w in (("GET", 0), ("BINGET", 1), ("LONG_BINGET", 4))},
     "GLOBAL": partial(_Walk.lines, count=2),
-    # They change an object and leave it, of whatever size, where it is.
-    "APPEND": partial(_Walk.take, count=1, puts=0, skip=0),
-    "BUILD": partial(_Walk.take, count=1, puts=0, skip=0),
-    "SETITEM": partial(_Walk.take, count=2, puts=0, skip=0),
     **{name: partial(_Walk.to_mark, puts=0) for name in ("APPENDS", "SETITEMS", "ADDITEMS")},
 }
+
+
+# What takes objects from above one that it changes, or that it calls and replaces by another.
+_TAKEN = {"APPEND": 1, "BUILD": 1, "SETITEM": 2, "REDUCE": 1, "NEWOBJ": 1, "NEWOBJ_EX": 2}
 
 
 def _act(code: pickletools.OpcodeInfo) -> Callable[[_Walk], None]:
@@ -206,8 +209,10 @@ def _unknown(walk: _Walk) -> None:
 _STOP, _MARK, _MEMOIZE, _BINGET, _LONG_BINGET = b".(\x94hj"
 _ACTS: list[Callable[[_Walk], None]] = [_unknown] * 256
 _ATOMS = [-1] * 256  # bytes of the argument of what only puts one object
+_DROPS = [0] * 256
 for _code in pickletools.opcodes:
     _ACTS[ord(_code.code)] = _act(_code)
+    _DROPS[ord(_code.code)] = _TAKEN.get(_code.name, 0)
     _plain = not _code.stack_before and len(_code.stack_after) == 1 and _code.name not in _SPECIAL
     if _plain and (_code.arg is None or _code.arg.n >= 0):
         _ATOMS[ord(_code.code)] = _code.arg.n if _code.arg else 0
