@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 MEMORY = 2 << 30  # bytes of address space that a command may take beyond what Python and torch have
-SECONDS = 20
+SECONDS = 60
 # What a run would otherwise import in every child.
 LOADED = (
     "torch",

@@ -23,7 +23,7 @@ from gptoss_plugins.megatron import folder, metadata, runconfig, safe_pickle, to
 from gptoss_plugins.megatron.legacy import rankfile
 from gptoss_plugins.megatron.ziprecords import directory
 
-PATIENCE = 3  # seconds
+PATIENCE = 10  # seconds
 FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "pickle.find_class")
 happened: list[str] = []
 
