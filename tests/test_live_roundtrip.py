@@ -30,7 +30,7 @@ LAYOUTS = [
     ((1, 2, 2, 1), 2),
     ((2, 2, 2, 2), 8),
 ]
-IN_CI = (((2, 2, 1, 2), 4), ((1, 2, 2, 1), 2))
+IN_CI = (((2, 2, 1, 2), 4),)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,7 @@ def test_alone(model: Path, megatron: Path, invoke: Run) -> None:
     assert "logits of 140 positions: ok" in done.stdout
 
 
+@pytest.mark.slow
 def test_legacy_files(model: Path, tmp_path: Path, invoke: Run) -> None:
     layout = ["--format", "torch", "--tp", "2", "--ep", "2"]
     command = ["import", "--hf-model", model, "--megatron-path", tmp_path / "mg", *layout]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -92,8 +93,13 @@ def legacy(originals: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 # ---- sound ones
 
 
-@pytest.mark.parametrize("one", ["mxfp4", "torch_dist", "bf16", "float32", "torch"])
-@pytest.mark.parametrize("two", ["mxfp4", "torch_dist", "bf16", "float32", "torch"])
+PAIRS = list(itertools.product(["mxfp4", "torch_dist", "bf16", "float32", "torch"], repeat=2))
+
+
+@pytest.mark.parametrize(  # in CI those that go through MXFP4's decoding once
+    ("one", "two"),
+    [pytest.param(*p, marks=() if p[0] == "mxfp4" else pytest.mark.slow) for p in PAIRS],
+)
 def test_the_same_model_in_two_forms(
     one: str, two: str, forms: dict[str, Path], legacy: Path, invoke: Run
 ) -> None:
@@ -426,6 +432,7 @@ def test_logits(pair: tuple[str, str], forms: dict[str, Path], invoke: Run) -> N
     assert abs(logits["kl_mean"]) < 1e-9
 
 
+@pytest.mark.slow
 def test_logits_of_another_model(forms: dict[str, Path], tmp_path: Path, invoke: Run) -> None:
     """The sinks of one layer reversed: values differ, and so do the logits."""
     bad = damaged(forms["bf16"], tmp_path / "bad", SINKS, lambda t: t.flip(0))
