@@ -71,7 +71,7 @@ class Jail:
         self._server.stdin.write(json.dumps([str(a) for a in argv]) + "\n")
         self._server.stdin.flush()
         line = self._server.stdout.readline()
-        assert line, "the server died"
+        assert line, f"the server died ({self._server.wait(60)})"
         answer = json.loads(line)
         told = [json.loads(e) for e in self._read("events").splitlines()]
         return Ended(

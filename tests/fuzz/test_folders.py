@@ -202,7 +202,10 @@ CASES: dict[str, tuple[str, Callable[[Path], Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(  # a third of them in CI
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if i % 3 else ()) for i, n in enumerate(CASES)],
+)
 def test_damaged_by_hand(name: str, forms: dict[str, Path], tmp_path: Path, attempt: Any) -> None:
     form, damage = CASES[name]
     source = Path(shutil.copytree(forms[form], tmp_path / "source"))
