@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 _CHUNK = 1 << 18  # elements at a time: in float64 they fit the cache
 _LEAST = 1e-30  # of a sum of squares; of a smaller one float32 may have lost too much
-BLOCK = 32  # values of a block of MXFP4, along the last dim of the natural order
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Difference:
         powers: sums of the squares of the first and of the second.
         product: sum of their products.
         nonfinite: how many of the first, and of the second, are NaN or infinite.
-        blocks: runs of 32 along the last dim, where blocks of a codec run that way.
+        blocks: runs along the last dim, of the length of a codec's blocks; 0 if none were counted.
         equal_blocks: those in which all is equal.
 
     """
@@ -94,63 +93,51 @@ class Difference:
         }
 
 
-def difference(first: Tensor, second: Tensor, scratch: Scratch, *, blocks: bool) -> Difference:
+def difference(first: Tensor, second: Tensor, scratch: Scratch, *, block: int = 0) -> Difference:
     """Compare two tensors of one shape, of any floating-point types and strides.
 
     Args:
         first: of which the second may be a copy.
         second: what it is compared with.
         scratch: memory for chunks; given back.
-        blocks: count runs of 32 along the last dim.
+        block: count runs of so many elements along the last dim, which has a multiple of them;
+            0 for none.
 
     """
     if first.dim() > 2:  # matrix by matrix, which bounds the memory
         pairs = zip(first.unbind(0), second.unbind(0), strict=True)
-        return sum((difference(*pair, scratch, blocks=blocks) for pair in pairs), Difference())
-    blocks = blocks and first.shape[-1] % BLOCK == 0
+        return sum((difference(*pair, scratch, block=block) for pair in pairs), Difference())
     total, start = Difference(), scratch.mark()
-    for one, two in _chunks(_by_rows(first, scratch), _by_rows(second, scratch)):
+    # A matrix that runs along its columns is turned around as a whole, which is fastest.
+    rows = [t if t.dim() < 2 or t.stride(-1) == 1 else _copy(t, scratch) for t in (first, second)]
+    for pair in _chunks(*rows):
         mark = scratch.mark()
-        total += _of_chunk(_flat(one, scratch), _flat(two, scratch), blocks=blocks)
+        one, two = ((t if t.is_contiguous() else _copy(t, scratch)).view(-1) for t in pair)
+        total += _of_chunk(one, two, block)
         scratch.release(mark)
     scratch.release(start)
     return total
 
 
-def _by_rows(tensor: Tensor, scratch: Scratch) -> Tensor:
-    """With its last dim in one run of memory; turned around as a whole, which is fastest."""
-    if tensor.dim() < 2 or tensor.stride(-1) == 1:
-        return tensor
+def _copy(tensor: Tensor, scratch: Scratch) -> Tensor:
+    """In row-major order."""
     room = scratch.take(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
     transpose.copy(room, tensor)
     return room
 
 
 def _chunks(first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both cut alike along their first dims."""
-    if first.numel() <= _CHUNK or first.dim() < 2:
+    """Some rows of both at a time; a vector is one chunk."""
+    if first.dim() < 2:
         yield first, second
         return
-    rows = _CHUNK // first[0].numel()
-    if rows == 0:
-        for pair in zip(first.unbind(0), second.unbind(0), strict=True):
-            yield from _chunks(*pair)
-        return
+    rows = max(1, _CHUNK // first.shape[1])
     yield from zip(first.split(rows), second.split(rows), strict=True)
 
 
-def _flat(tensor: Tensor, scratch: Scratch) -> Tensor:
-    """In row-major order, one-dimensional."""
-    if tensor.is_contiguous():
-        return tensor.view(-1)
-    room = scratch.take(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
-    transpose.copy(room, tensor)
-    return room.view(-1)
-
-
-def _of_chunk(one: Tensor, two: Tensor, *, blocks: bool) -> Difference:
+def _of_chunk(one: Tensor, two: Tensor, block: int) -> Difference:
     count = one.numel()
-    runs = count // BLOCK if blocks else 0
+    runs = count // block if block else 0
     if max(one.itemsize, two.itemsize) <= 4 and (quick := _in_float32(one, two, runs)):
         return quick
     x, y = one.double(), two.double()
@@ -169,7 +156,7 @@ def _of_chunk(one: Tensor, two: Tensor, *, blocks: bool) -> Difference:
         float(x.dot(y)),
         strange,
         runs,
-        int(alike.view(-1, BLOCK).all(1).sum()) if runs else 0,
+        int(alike.view(runs, -1).all(1).sum()) if runs else 0,
     )
 
 
@@ -203,7 +190,7 @@ def _in_float32(one: Tensor, two: Tensor, runs: int) -> Difference | None:
         float(x.dot(y)),
         (0, 0),
         runs,
-        int(alike.view(-1, BLOCK).all(1).sum()) if runs else 0,
+        int(alike.view(runs, -1).all(1).sum()) if runs else 0,
     )
 
 

@@ -280,7 +280,7 @@ class Executor:
         scratch.reset()
         step = piece.step
         return _Stored(
-            [read_parts(self._source, piece, i, scratch) for i in piece.step.inputs],
+            [read_parts(self._source, piece, i, scratch) for i in step.inputs],
             [self._read_hints(piece, output, scratch) for output in step.outputs],
         )
 

@@ -191,6 +191,11 @@ def _split(part: Part) -> Sequence[Tensor]:
     return part.step.rule.op.inverse(part.tensors[0])
 
 
+def shapes_of(key: Key, step: Step) -> dict[str, tuple[int, ...]]:
+    """The shapes of a step's Hugging Face tensors, by name."""
+    return dict(zip(key, step.rule.hf.values(), strict=True))
+
+
 def pieces(left: Step, right: Step | None, nbytes: int) -> Iterator[tuple[Piece, Piece | None]]:
     """Equal pieces of the same step of two checkpoints, of about ``nbytes`` logical bytes."""
     units = gcd(left.units, right.units) if right else left.units

@@ -17,6 +17,7 @@ from xxhash import xxh3_128_hexdigest
 
 from gptoss_convert.checksums import ALGORITHM, FileSum, Span
 from gptoss_convert.errors import CheckpointError
+from gptoss_convert.untrusted import no_duplicates, read_small
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -84,17 +85,11 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        if (size := path.stat().st_size) > _LARGEST:
-            raise CheckpointError(f"{path}: has {size} bytes, more than any manifest; remove it")
-        data = path.read_bytes()
+        data = read_small(path, _LARGEST, "remove it")
     except FileNotFoundError:
         raise CheckpointError(
             f"{path}: is missing, so there is nothing to check against; give a folder that "
             f"gptoss-convert wrote, its root"
-        ) from None
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read: {error.strerror}; check its permissions"
         ) from None
     try:
         return _parsed(data)
@@ -105,26 +100,34 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
 
 
+def root_of(folder: Path) -> Path | None:
+    """Where the manifest is that tells of a folder: in it, or above, as with an iteration's folder."""
+    here = folder.resolve()
+    for root in (here, *here.parents[:2]):
+        if not (root / MANIFEST).is_file():
+            continue
+        try:
+            files = read_manifest(root).files
+        except CheckpointError:
+            return root  # whoever reads it is told
+        if any((root / name).is_relative_to(here) for name in files):
+            return root
+    return None
+
+
 def _parsed(data: bytes) -> Manifest:
     seal = _SEAL.search(data[-64:])
     if not seal:
         raise ValueError("it does not end in a seal")
     if xxh3_128_hexdigest(data[: -len(seal[0])]).encode() != seal[1]:
         raise ValueError("its seal does not match what it says")
-    value = json.loads(data, object_pairs_hook=_no_duplicates)
+    value = json.loads(data, object_pairs_hook=no_duplicates)
     said = {name: fact for name, fact in value.items() if name != "seal"}
     if (schema := said.pop("schema", None)) != SCHEMA:
         raise ValueError(f"its schema is {str(schema)[:80]!r}, not {SCHEMA!r}")
     if (algorithm := said.pop("algorithm", None)) != ALGORITHM:
         raise ValueError(f"its checksums are {str(algorithm)[:80]!r}, not {ALGORITHM!r}")
     return Manifest(said, files_from_json(said.pop("files", None)))
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name stands twice in one object")
-    return found
 
 
 def _file_name(name: str) -> str:

@@ -11,7 +11,7 @@ from xxhash import xxh3_128
 
 import gptoss_convert
 from gptoss_convert.errors import CheckpointError
-from gptoss_convert.manifest import MANIFEST, read_manifest
+from gptoss_convert.manifest import MANIFEST, read_manifest, root_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -83,15 +83,13 @@ def _digest(source: TensorSource) -> dict[str, str]:
 
 
 def _manifest_of(folder: Path) -> str | None:
-    """The checksum of a source's own manifest, here or above, as with an iteration's folder; None if
-    there is none, or it is not of what is here now.
-    """
-    here = folder.resolve()
-    for root in (here, *here.parents[:2]):
-        with contextlib.suppress(CheckpointError, OSError):
-            files = read_manifest(root).files
-            mine = [name for name in files if (root / name).is_relative_to(here)]
-            if mine and all((root / n).stat().st_size == files[n].nbytes for n in mine):
-                digest = xxh3_128((root / MANIFEST).read_bytes())
-                return str(digest.hexdigest())
+    """The checksum of a source's own manifest; None if there is none, or it is not of what is here now."""
+    here, root = folder.resolve(), root_of(folder)
+    if root is None:
+        return None
+    with contextlib.suppress(CheckpointError, OSError):
+        files = read_manifest(root).files
+        mine = [name for name in files if (root / name).is_relative_to(here)]
+        if mine and all((root / n).stat().st_size == files[n].nbytes for n in mine):
+            return str(xxh3_128((root / MANIFEST).read_bytes()).hexdigest())
     return None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import stat
-from typing import TYPE_CHECKING
+from collections import Counter
+from typing import TYPE_CHECKING, Any
 
 from gptoss_convert.errors import CheckpointError
 
@@ -47,6 +48,20 @@ def read_small(path: Path, most: int, remedy: str = "fetch it again") -> bytes:
         raise CheckpointError(
             f"{path}: cannot be read: {error.strerror}; check its permissions"
         ) from None
+
+
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For ``json.loads``: an object in which a name stands twice means two things, and is refused.
+
+    Raises:
+        ValueError: naming the name.
+
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{name!r} stands twice")
+    return found
 
 
 def require_inside(folder: Path, paths: Iterable[Path]) -> None:

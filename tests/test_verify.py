@@ -117,6 +117,21 @@ def test_the_same_model_in_two_forms(
         assert (tensor["max_error"], tensor["relative_error"], tensor["cosine"]) == (0, 0, 1)
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_second_is_judged_by_the_first(
+    swapped: bool, forms: dict[str, Path], invoke: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However a path is spelled, and whichever carries its config in its root."""
+    monkeypatch.setenv("HOME", str(forms["torch_dist"].parent))
+    places = ["~/torch_dist", forms["float32"]]
+    kinds = ["torch_dist", "huggingface"]
+    command = ["verify", *(places[::-1] if swapped else places), "--json"]
+    found = facts(invoke(*command))
+    assert found["formats"] == (kinds[::-1] if swapped else kinds)
+    dtypes = ["F32", "BF16"] if swapped else ["BF16", "F32"]
+    assert all(tensor["dtypes"] == dtypes for tensor in found["tensors"])
+
+
 @pytest.mark.parametrize("form", ["mxfp4", "torch_dist", "bf16", "torch"])
 def test_one_by_itself(form: str, forms: dict[str, Path], legacy: Path, invoke: Run) -> None:
     for more in ([], ["--values"]):
@@ -134,7 +149,7 @@ def test_the_figures_are_those_of_the_definition() -> None:
     two = (one.float() * (1 + 0.01 * torch.randn(one.shape, generator=noise))).float()
     one[3, 1, 5], two[3, 1, 5], two[0, 0, 0] = math.nan, math.nan, math.inf
     one[1], two[1] = 0.0, -0.0
-    found = difference(one, two, Scratch(), blocks=True)
+    found = difference(one, two, Scratch(), block=32)
     x, y = one.double(), two.double()
     finite = x.isfinite() & y.isfinite()
     a, b = x[finite], y[finite]
@@ -151,7 +166,7 @@ def test_the_figures_are_those_of_the_definition() -> None:
 def test_equal_values_of_any_size_and_order(scale: float) -> None:
     x = (torch.randn(5, 8, 64, generator=torch.Generator().manual_seed(2)) * scale).bfloat16()
     y = x.transpose(0, 2).contiguous().transpose(0, 2)
-    found = difference(x, y, Scratch(), blocks=True)
+    found = difference(x, y, Scratch(), block=32)
     assert found.is_equal
     assert found.blocks == found.equal_blocks == 80
     assert (found.largest, found.relative, found.cosine) == (0.0, 0.0, 1.0)
@@ -159,7 +174,7 @@ def test_equal_values_of_any_size_and_order(scale: float) -> None:
     assert found.powers == pytest.approx((power, power), rel=1e-5)
     y = y.clone()
     y[4, 7, 63] = -y[4, 7, 63]
-    found = difference(x, y, Scratch(), blocks=True)
+    found = difference(x, y, Scratch(), block=32)
     assert found.elements - found.equal == found.blocks - found.equal_blocks == 1
 
 

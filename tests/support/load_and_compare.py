@@ -31,7 +31,6 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.torch import load_file
 from tiny_gptoss import difference, megatron_fields, megatron_tensors, prompt
 from torch import Tensor
@@ -43,6 +42,7 @@ from gptoss_plugins.gpt_model.build import (
 )
 from gptoss_plugins.gpt_model.config import make_config
 from gptoss_plugins.gpt_model.cpu_shim import cuda_means_cpu
+from gptoss_plugins.gpt_model.forward import logits
 
 SECOND_NAMES = {"mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight"}
 
@@ -115,33 +115,6 @@ def check_parameters(model: GPTModel, folder: Path, whole: dict[str, Tensor]) ->
     return {"pieces": len(held), "unequal": wrong}
 
 
-def logits(model: GPTModel, ids: Tensor) -> Tensor | None:
-    """``[batch, tokens, vocabulary]`` on the last pipeline stage."""
-    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
-        return model(ids, positions, None)
-    outputs: list[Tensor] = []
-
-    def step(_: Any, part: GPTModel) -> Any:
-        def keep(output: Tensor, **__: Any) -> Tensor:
-            outputs.append(output)
-            return output
-
-        return part(ids, positions, None), keep
-
-    get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=None,
-        model=model,
-        num_microbatches=1,
-        seq_length=ids.shape[1],
-        micro_batch_size=ids.shape[0],
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
-    return outputs[0] if outputs else None
-
-
 def examine(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """What this rank finds: pieces, unequal ones, logits."""
     config = json.loads((args.hf_model / "config.json").read_text())
@@ -167,7 +140,7 @@ def examine(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     if args.spec == "stock-local":
         return result | {"logits": None}
     ids = prompt(config["vocab_size"], args.prompt_length).to(device)
-    made = logits(model.eval(), ids)
+    made = logits([model], ids)
     return result | {"logits": None if made is None else made.cpu()}
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gptoss_convert.dtypes import itemsize, known
 from gptoss_convert.errors import CheckpointError, PlanError
 from gptoss_convert.types import TensorSpec
-from gptoss_convert.untrusted import read_small, require_inside
+from gptoss_convert.untrusted import no_duplicates, read_small, require_inside
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -53,7 +52,7 @@ def read_json(path: Path) -> Any:
     """Parse a JSON file; CheckpointError if it is missing or no JSON object."""
     try:
         text = read_small(path, _LONGEST_JSON).decode()
-        value = json.loads(text, object_pairs_hook=_no_duplicates)
+        value = json.loads(text, object_pairs_hook=no_duplicates)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: is missing; fetch the whole checkpoint") from None
     except (ValueError, RecursionError) as error:
@@ -61,14 +60,6 @@ def read_json(path: Path) -> Any:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: is not a JSON object; fetch it again")
     return value
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{name!r} stands twice")
-    return found
 
 
 def read_shards(folder: Path) -> list[Shard]:
@@ -173,7 +164,7 @@ def read_header(path: Path, remedy: str = "fetch it again") -> Shard:
             f"{path}: cannot be read: {error.strerror}; check its permissions"
         ) from None
     try:
-        table = json.loads(header.decode(), object_pairs_hook=_no_duplicates)
+        table = json.loads(header.decode(), object_pairs_hook=no_duplicates)
         if not isinstance(table, dict):
             raise ValueError("it is no object")
         table.pop("__metadata__", None)

@@ -17,9 +17,9 @@ from gptoss_convert.options import (
     layout_options,
     megatron_option,
     revision_option,
-    torch_dtype_option,
 )
 from gptoss_convert.program import choice_of, echo_json, layout_of, registry_of, required
+from gptoss_plugins.verify.options import logits_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,26 +35,13 @@ MISMATCH = 3
 @revision_option
 @megatron_option
 @layout_options
-@torch_dtype_option
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="CUDA where there is one.")
 @click.option(
     "--logits/--no-logits",
     default=True,
     show_default=True,
     help="Run both models, too. Rank 0 then also holds transformers' model.",
 )
-@click.option(
-    "--prompt-length",
-    type=click.IntRange(2),
-    default=300,
-    show_default=True,
-    help="Tokens; the sliding window has 128, YaRN's original length is 4096.",
-)
-@click.option(
-    "--logits-tolerance",
-    type=click.FloatRange(0),
-    help="Relative error of the logits; 1e-4 in float32, 0.1 in bfloat16 if left out.",
-)
+@logits_options
 @common_options
 @click.pass_context
 def roundtrip(
@@ -78,10 +65,6 @@ def roundtrip(
     it alone, or with python -m torch.distributed.run --nproc_per_node=N. Exit code 3 if something
     does not match.
     """
-    import torch
-
-    from gptoss_convert.dtypes import from_torch_name
-    from gptoss_convert.dtypes import torch_dtype as as_torch
     from gptoss_convert.logical import open_logical
 
     _require_megatron()
@@ -89,6 +72,7 @@ def roundtrip(
         warnings.simplefilter("ignore")  # that Transformer Engine and Apex are not installed
         from gptoss_plugins.gpt_model.world import world_of
         from gptoss_plugins.roundtrip.running import round_trip
+    from gptoss_plugins.verify.logits import precision
 
     registry, choice, layout = registry_of(ctx), choice_of(**rest), layout_of(**rest)
     model = open_logical(
@@ -98,8 +82,7 @@ def roundtrip(
         required(megatron_path, "--megatron-path"), registry, choice, config=model.config
     )
     _require_fit(model, checkpoint)
-    on_gpu = device == "cuda" or (device is None and torch.cuda.is_available())
-    dtype = as_torch(from_torch_name(torch_dtype or ("bfloat16" if on_gpu else "float32")))
+    dtype = precision(torch_dtype, device)
     with world_of(layout, device) as place:
         outcome = round_trip(
             model,

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from gptoss_convert.compare import difference
-from gptoss_convert.logical import Logical, Part, in_common, pieces, read
+from gptoss_convert.logical import Logical, Part, in_common, pieces, read, shapes_of
 from gptoss_convert.scratch import Scratch
 from gptoss_plugins.gpt_model.forward import logits
-from gptoss_plugins.gpt_model.live import LiveModel, build_live, parameter_of
+from gptoss_plugins.gpt_model.live import build_live, parameter_of
 from gptoss_plugins.verify.logits import LIMITS, compare_logits, hugging_face_logits, prompt
 
 if TYPE_CHECKING:
@@ -133,7 +133,8 @@ def round_trip(
             outcome.rows += _rows(key, model, step, whole.cpu())
     if prompt_length:
         ids = prompt(model.fields["vocab_size"], prompt_length)
-        ours = _on_first(logits([m for _, m in live.chunks], ids.to(place)), live, model, ids)
+        made = logits([m for _, m in live.chunks], ids.to(place))
+        ours = _on_first(made, (prompt_length, model.fields["vocab_size"]), place)
         if ours is not None:
             theirs = hugging_face_logits(
                 model.source.path,
@@ -157,22 +158,18 @@ def _rows(key: tuple[str, ...], model: Logical, step: Step, whole: torch.Tensor)
     ((piece, _),) = pieces(theirs, None, 1 << 62)
     reference = read(model, piece, scratch, in_order=False)
     ours = Part("megatron", step, [], [whole])
-    shapes = {
-        name if step.layer is None else name.replace("{L}", str(step.layer)): shape
-        for name, shape in step.rule.hf.items()
-    }
+    shapes = shapes_of(key, step)
     for name, one, two in in_common(key, reference, ours):
-        found = difference(one, two, scratch, blocks=False)
+        found = difference(one, two, scratch)
         dtype = theirs.inputs[list(key).index(name)].spec.dtype
         yield Row(name, shapes[name], dtype, found.is_equal, found.largest)
 
 
 def _on_first(
-    made: torch.Tensor | None, live: LiveModel, model: Logical, ids: torch.Tensor
+    made: torch.Tensor | None, size: tuple[int, int], place: torch.device
 ) -> torch.Tensor | None:
     """Logits of the last stage, float32 ``[tokens, vocabulary]``, on rank 0; None elsewhere."""
     last = dist.get_world_size() - 1  # of the last stage, whatever the layout
-    size = (ids.shape[1], model.fields["vocab_size"])
     if made is not None:
         made = made[0, :, : size[1]].float().contiguous()
     me = dist.get_rank()
@@ -183,7 +180,6 @@ def _on_first(
         dist.send(made, 0)
     if me != 0:
         return None
-    place = next(live.chunks[0][1].parameters()).device
     room = torch.empty(size, dtype=torch.float32, device=place)
     dist.recv(room, last)
     return room.cpu()

@@ -13,9 +13,9 @@ from gptoss_convert.options import (
     common_options,
     hf_model_option,
     revision_option,
-    torch_dtype_option,
 )
 from gptoss_convert.program import choice_of, echo_json, registry_of
+from gptoss_plugins.verify.options import logits_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,20 +47,7 @@ MISMATCH = 3
     help="Run both models on a prompt: transformers' for Hugging Face's checkpoints, megatron-core's "
     "GPTModel for Megatron's.",
 )
-@click.option(
-    "--prompt-length",
-    type=click.IntRange(2),
-    default=300,
-    show_default=True,
-    help="Tokens; the sliding window has 128, YaRN's original length is 4096.",
-)
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Of the models; CUDA if there.")
-@click.option(
-    "--logits-tolerance",
-    type=click.FloatRange(0),
-    help="Relative error of the logits; 1e-4 in float32, 0.1 in bfloat16 if left out.",
-)
-@torch_dtype_option
+@logits_options
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page too.")
 @hf_model_option
 @revision_option
@@ -105,13 +92,7 @@ def verify(
     from gptoss_convert.convert import open_source
     from gptoss_convert.crew import current_crew
     from gptoss_convert.progress import reporting
-    from gptoss_plugins.verify.checking import (
-        Report,
-        check,
-        check_bytes,
-        manifest_root,
-        open_both,
-    )
+    from gptoss_plugins.verify.checking import Report, check, check_bytes, open_both
     from gptoss_plugins.verify.printing import print_report
     from gptoss_plugins.verify.values import nbytes
 
@@ -130,10 +111,7 @@ def verify(
         raise click.UsageError("--logits runs in one process; on several there is roundtrip")
     alone = second is None and values is not False and Path(first).is_dir()
     if alone and crew.rank == 0:
-        root = manifest_root(first)
-        size = sum(p.stat().st_size for p in root.rglob("*") if p.is_file()) if root else 0
-        with reporting("verify", size, show=bool(root) and not no_progress) as progress:
-            check_bytes(first, report, workers=workers, progress=progress)
+        check_bytes(first, report, workers=workers, show=not no_progress)
     opened = open_both(paths, registry, choice, report, reference=reference, revision=hf_revision)
     report.formats = [one.format for one in opened]
     wanted = bool(second) if values is None else values

@@ -12,9 +12,11 @@ from gptoss_convert.crew import current_crew
 from gptoss_convert.damage import check_manifest
 from gptoss_convert.errors import ConvertError, PlanError, PluginError
 from gptoss_convert.logical import Logical, open_logical
-from gptoss_convert.manifest import MANIFEST
+from gptoss_convert.manifest import MANIFEST, read_manifest, root_of
 from gptoss_convert.opening import looks_like_an_id
+from gptoss_convert.progress import reporting
 from gptoss_convert.types import Finding
+from gptoss_plugins.huggingface.headers import INDEX
 from gptoss_plugins.verify.shares import together
 from gptoss_plugins.verify.values import Values, compare_values
 
@@ -104,12 +106,14 @@ def open_both(
         ConvertError: there is nothing by that name.
 
     """
-    opened: list[Logical] = []
-    names = list(paths)
-    for path in sorted(names, key=lambda p: not (Path(p) / "config.json").is_file()):
-        config = reference or next((one.config for one in opened), None)
+    names, opened = list(paths), dict[int, Logical]()
+    order = sorted(range(len(names)), key=lambda n: not (Path(names[n]) / "config.json").is_file())
+    for number in order:  # one that carries its config first, to lend it to one that does not
+        path, lent = names[number], next((one.config for one in opened.values()), None)
         try:
-            opened.append(open_logical(path, registry, choice, config=config, revision=revision))
+            opened[number] = open_logical(
+                path, registry, choice, config=reference or lent, revision=revision
+            )
         except PlanError as error:
             report.findings += [_problem(path, problem) for problem in error.problems]
         except PluginError:
@@ -118,16 +122,13 @@ def open_both(
             if not Path(path).is_dir() and not looks_like_an_id(path):
                 raise
             report.findings.append(_broken(path, str(error)))
-    opened.sort(key=lambda one: [str(one.source.path) != str(Path(p)) for p in names])
-    return opened
+    return [opened[number] for number in sorted(opened)]
 
 
-def check_bytes(
-    path: str, report: Report, *, workers: int | None = None, progress: Progress
-) -> None:
-    """Hold a folder's files against its manifest, if it has one."""
+def check_bytes(path: str, report: Report, *, workers: int | None, show: bool) -> None:
+    """Hold a folder's files against its manifest, if it has one; ``show`` progress meanwhile."""
     started = time.monotonic()
-    if (root := manifest_root(path)) is None:
+    if (root := root_of(Path(path))) is None:
         report.findings.append(
             Finding(
                 "info",
@@ -138,17 +139,14 @@ def check_bytes(
         )
         return
     try:
-        report.findings += check_manifest(root, workers=workers, progress=progress)
+        files = read_manifest(root).files
+        size = sum(file.nbytes for file in files.values())
+        with reporting("verify", size, show=show) as progress:
+            report.findings += check_manifest(root, workers=workers, progress=progress)
+        report.files = len(files)
     except ConvertError as error:
         report.findings.append(_broken(str(root), str(error)))
-    report.files = sum(1 for place in root.rglob("*") if place.is_file()) - 1
     report.seconds += time.monotonic() - started
-
-
-def manifest_root(path: str) -> Path | None:
-    """The folder with the manifest of a checkpoint, whose root or iteration a path names."""
-    places = (Path(path), Path(path).absolute().parent)
-    return next((place for place in places if (place / MANIFEST).is_file()), None)
 
 
 def check(
@@ -201,7 +199,7 @@ def _complete(of: Logical) -> Iterator[Finding]:
 def _problem(path: str, problem: str) -> Finding:
     """A sentence ``<what>: <is wrong>; <remedy>`` as a finding."""
     what, _, remedy = problem.partition("; ")
-    if "where model.safetensors.index.json places it" in problem:
+    if f"where {INDEX} places it" in problem:
         what = f"ghost index keys: {what}"
     if (found := _SHAPES.search(what)) and _are_transposed(*found.groups()):
         name = what.partition(":")[0].rsplit(".", 1)[-1]

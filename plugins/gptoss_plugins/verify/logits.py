@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}  # of the relative error
 
 
+def precision(dtype: str | None, device: str | None) -> torch.dtype:
+    """The type that the user named, or else what fits the device: bfloat16 on a GPU."""
+    on_gpu = device == "cuda" or (device is None and torch.cuda.is_available())
+    return torch_dtype(from_torch_name(dtype or ("bfloat16" if on_gpu else "float32")))
+
+
 def prompt(vocabulary: int, length: int, seed: int = 1) -> Tensor:
     """Token ids ``[1, length]``, drawn at random but the same everywhere."""
     generator = torch.Generator().manual_seed(seed)
@@ -148,8 +154,7 @@ def check_logits(
     """Run both models one after the other, and add to a report how far apart they are."""
     if any(one.problems for one in (first, second)):
         return  # no model could be built, and the report says why
-    on_gpu = device == "cuda" or (device is None and torch.cuda.is_available())
-    kind = torch_dtype(from_torch_name(dtype or ("bfloat16" if on_gpu else "float32")))
+    kind = precision(dtype, device)
     started = time.monotonic()
     ids = prompt(min(one.fields["vocab_size"] for one in (first, second)), length)
     made = [logits_of(one, ids, registry, dtype=kind, device=device) for one in (first, second)]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gptoss_plugins.verify.checking import Report
-    from gptoss_plugins.verify.values import Tensor
+    from gptoss_plugins.verify.values import Compared
 
 _LEAST, _MOST = (
     -6.0,
@@ -67,10 +67,10 @@ def _page(report: Report) -> Iterator[str]:
     yield "</html>\n"
 
 
-def _heat_map(tensors: list[Tensor]) -> Iterator[str]:
+def _heat_map(tensors: list[Compared]) -> Iterator[str]:
     """Rows are layers, columns tensors; what stands outside the layers has the first row."""
     layers = sorted({t.layer for t in tensors if t.layer is not None})
-    cells: dict[tuple[int | None, str], Tensor] = {(t.layer, _short(t)): t for t in tensors}
+    cells: dict[tuple[int | None, str], Compared] = {(t.layer, _short(t)): t for t in tensors}
     for title, kinds, rows in (
         ("Layers", [_short(t) for t in tensors if t.layer is not None], layers),
         ("Outside the layers", [_short(t) for t in tensors if t.layer is None], [None]),
@@ -91,7 +91,7 @@ def _heat_map(tensors: list[Tensor]) -> Iterator[str]:
     yield "</p>"
 
 
-def _cell(tensor: Tensor | None) -> str:
+def _cell(tensor: Compared | None) -> str:
     if tensor is None:
         return "<td class=cell style='background:#888' title='not compared'>"
     found = tensor.difference
@@ -109,14 +109,14 @@ def _color(error: float) -> str:
     return f"hsl({50 - 50 * place:.0f},90%,{82 - 42 * place:.0f}%)"
 
 
-def _short(tensor: Tensor) -> str:
+def _short(tensor: Compared) -> str:
     """The name without the layer."""
     if tensor.layer is None:
         return tensor.name
     return tensor.name.split(f".{tensor.layer}.", 1)[-1]
 
 
-def _table(tensors: list[Tensor]) -> Iterator[str]:
+def _table(tensors: list[Compared]) -> Iterator[str]:
     heads = ("shape", "types", "equal", "max error", "relative error", "cosine", "blocks equal")
     yield "<h2>Tensors</h2><div class=scroll><table><tr><th>tensor"
     yield from (f"<th>{head}" for head in heads)

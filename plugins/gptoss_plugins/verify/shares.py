@@ -13,11 +13,11 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptoss_convert.blockio import write_file
+from gptoss_convert.blockio import write_note
 from gptoss_convert.compare import Difference
 from gptoss_convert.crew import Crew, claim
 from gptoss_convert.types import Finding
-from gptoss_plugins.verify.values import Tensor, Values
+from gptoss_plugins.verify.values import Compared, Values
 
 if TYPE_CHECKING:
     from gptoss_convert.logical import Logical
@@ -43,11 +43,11 @@ def together(values: Values, crew: Crew, first: Logical, second: Logical | None)
     facts = [one.source.fingerprint() for one in (first, second) if one]
     key = hashlib.sha256("\n".join([*facts, str(crew.size)]).encode()).hexdigest()[:16]
     folder = Path(f".gptoss-verify-{key}")
-    write_file(folder / f"{crew.rank}.json", _dumped(values))
+    write_note(folder / f"{crew.rank}.json", _dumped(values))
     files = [folder / f"{rank}.json" for rank in range(crew.size)]
-    missing = [file.stem for file in files if not file.exists()]
+    is_last = all(file.exists() for file in files)
     try:
-        held = None if missing else claim(folder / "merge")  # let go of when the process ends
+        held = claim(folder / "merge") if is_last else None  # let go of when the process ends
     except FileNotFoundError:  # another one is done with it
         held = None
     if held is None:
@@ -75,7 +75,7 @@ def _merged(shares: list[dict[str, Any]], first: Logical) -> Values:
         sums = tensor.pop("difference")
         sums = {k: tuple(v) if isinstance(v, list) else v for k, v in sums.items()}
         shape, dtypes = tuple(tensor.pop("shape")), tuple(tensor.pop("dtypes"))
-        tensors[tensor["name"]] = Tensor(
+        tensors[tensor["name"]] = Compared(
             **tensor, shape=shape, dtypes=dtypes, difference=Difference(**sums)
         )
     order = [name for key in first.steps for name in key if name in tensors]

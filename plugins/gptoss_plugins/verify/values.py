@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from gptoss_convert.compare import Difference, difference
 from gptoss_convert.errors import ConvertError
-from gptoss_convert.logical import Key, Logical, in_common, pieces, read
+from gptoss_convert.logical import Key, Logical, in_common, pieces, read, shapes_of
 from gptoss_convert.plan import step_bytes_in
 from gptoss_convert.scratch import Scratch
 from gptoss_convert.types import Finding, Pair
+from gptoss_plugins.mxfp4 import BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +30,7 @@ MOST_WORKERS = 4  # each holds a piece of both checkpoints
 
 
 @dataclass(frozen=True)
-class Tensor:
+class Compared:
     """What was found out of one tensor.
 
     Attributes:
@@ -58,7 +59,7 @@ class Values:
 
     """
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Compared] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -155,10 +156,12 @@ class _Work:
             return
         parts = [part for part in (one, two) if part]
         dtypes = tuple(part.step.inputs[0].spec.dtype for part in parts)
-        natural = mine.step.rule.quantizable and not all(part.side == "hf" for part in parts)
-        shapes = _shapes(mine.step)
+        in_hf_order = all(part.side == "hf" for part in parts)
+        natural = mine.step.rule.quantizable and not in_hf_order
+        shapes = shapes_of(key, mine.step)
         for name, left, right in in_common(key, one, two):
-            found = difference(left, right, scratch, blocks=natural)
+            fits = natural and left.shape[-1] % BLOCK == 0
+            found = difference(left, right, scratch, block=BLOCK if fits else 0)
             pair = Pair(
                 name,
                 mine.step.layer,
@@ -166,7 +169,7 @@ class _Work:
                 left,
                 right if two else None,
                 found.is_equal,
-                all(part.side == "hf" for part in parts),
+                in_hf_order,
             )
             self._add(pair, dtypes, found)
             for look in self._looks:
@@ -189,17 +192,9 @@ class _Work:
         for key in self._first.steps:
             for name in key:
                 if name in self._sums:
-                    made.tensors[name] = Tensor(name, *self._about[name], self._sums[name])
+                    made.tensors[name] = Compared(name, *self._about[name], self._sums[name])
                     made.findings += _not_finite(name, self._sums[name])
         return made
-
-
-def _shapes(step: Step) -> dict[str, tuple[int, ...]]:
-    """The Hugging Face shapes of a step's tensors by name."""
-    return {
-        name if step.layer is None else name.replace("{L}", str(step.layer)): shape
-        for name, shape in step.rule.hf.items()
-    }
 
 
 def _not_finite(name: str, found: Difference) -> Iterator[Finding]:
