@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptoss_convert import transpose
+from gptoss_convert.transpose import compiled, words
 
 
 def noise(count: int) -> torch.Tensor:
@@ -13,11 +14,14 @@ def noise(count: int) -> torch.Tensor:
     return torch.randint(-(2**15), 2**15, (count,), generator=generator, dtype=torch.int16)
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch) -> None:
-    """Take the fast path, and several tiles and strips, at sizes that are quick to test."""
-    for name, value in {"_LEAST": 1, "_COLUMNS": 8, "_WORDS": 2, "_STRIP": 3}.items():
-        monkeypatch.setattr(transpose, name, value)
+@pytest.fixture(autouse=True, params=["compiled", "words"])
+def small(request, monkeypatch) -> str:
+    """Take a fast path, and several tiles, strips and blocks, at sizes that are quick to test."""
+    monkeypatch.setattr(transpose, "_LEAST", 1)
+    monkeypatch.setattr(transpose, "_COMPILED", 0 if request.param == "compiled" else 1 << 60)
+    for name, value in {"_COLUMNS": 8, "_WORDS": 2, "_STRIP": 3}.items():
+        monkeypatch.setattr(words, name, value)
+    return request.param
 
 
 def check(source: torch.Tensor) -> None:
@@ -66,10 +70,22 @@ def test_a_target_with_gaps() -> None:
 
 
 @pytest.mark.parametrize("count", [3, 17, 40])
-def test_fast_path_is_taken(monkeypatch, count: int) -> None:
+def test_fast_path_is_taken(small, monkeypatch, count: int) -> None:
     """Only the rows before the first word and after the last are copied plainly."""
-    plain = []
-    original = transpose._plain
+    plain, fast = [], []
+    original, columns = transpose._plain, compiled.copy_columns
     monkeypatch.setattr(transpose, "_plain", lambda t, s: (plain.append(len(s)), original(t, s)))
+    monkeypatch.setattr(compiled, "copy_columns", lambda t, s: (fast.append(len(s)), columns(t, s)))
     check(noise(5 * 48).view(5, 48)[:, 3 : 3 + count].T)
-    assert sum(plain) == {3: 3, 17: 1 + 0, 40: 1 + 3}[count]
+    if small == "compiled":
+        assert (sum(plain), sum(fast)) == (0, count)
+    else:
+        assert (sum(plain), sum(fast)) == ({3: 3, 17: 1 + 0, 40: 1 + 3}[count], 0)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_many_blocks_with_edges(step: int) -> None:
+    rows, columns = 2 * 32 + 8 + 5, 2 * 576 + 8 + 3
+    source = noise(columns * (rows * step + 7)).view(columns, -1)[:, 3 : 3 + rows * step : step].T
+    check(source)
+    check(source[:, :, None].expand(-1, -1, 2))

@@ -1,7 +1,7 @@
-"""Copying out of transposed views, at which plain strided copies are several times slower.
+"""By numpy, in words.
 
-What makes those slow is moving two bytes at a time. So four neighbours are moved as one word of
-eight bytes, in tiles that stay in the cache, and taken apart where they arrive::
+Moving two bytes at a time is slow. So four neighbours are moved as one word of eight bytes, in tiles
+that stay in the cache, and taken apart where they arrive::
 
     source, by columns of the target    abcd..  efgh..  ijkl..
     words turned around                 abcd efgh ijkl
@@ -19,11 +19,10 @@ if TYPE_CHECKING:
 _LANES = 4  # elements of two bytes in a word
 _COLUMNS, _WORDS = 4096, 16  # of a tile
 _STRIP = 720  # columns turned at a time: their cache lines are used up before they are pushed out
-_LEAST = 1 << 16  # elements; with fewer a strided copy is as good
 _local = threading.local()
 
 
-class _Words(NamedTuple):
+class Words(NamedTuple):
     """A source's rows ``[head, stop)`` as words.
 
     Attributes:
@@ -38,44 +37,7 @@ class _Words(NamedTuple):
     lanes: slice
 
 
-def copy(target: Tensor, source: Tensor) -> None:
-    """``target.copy_(source)``, for a target of the source's shape and dtype.
-
-    Fast where the target is contiguous, elements have two bytes, and those of a column of the
-    source, ``source[:, a]`` or ``source[:, a, b]``, stand side by side in memory, or with one
-    between them.
-    """
-    if source.device.type != "cpu":
-        target.copy_(source)
-    elif source.numel() < _LEAST or source.itemsize != 2 or not target.is_contiguous():
-        _plain(target, source)
-    elif source.dim() > 2 and source.stride(0) > 2:
-        for to, part in zip(target.unbind(0), source.unbind(0), strict=True):
-            copy(to, part)
-    elif (found := _find_words(source)) is None:
-        _plain(target, source)
-    else:
-        _plain(target[: found.head], source[: found.head])
-        _copy_words(target[found.head : found.stop], found)
-        _plain(target[found.stop :], source[found.stop :])
-
-
-def _plain(target: Tensor, source: Tensor) -> None:
-    """By numpy: torch would spread it over threads, and they wait for the next one at full speed."""
-    import numpy as np
-
-    np.copyto(_integers(target), _integers(source))
-
-
-def _integers(tensor: Tensor) -> Any:
-    """As numpy's integers: it knows no bfloat16."""
-    import torch
-
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.view(kinds[tensor.itemsize]).numpy()
-
-
-def _find_words(source: Tensor) -> _Words | None:
+def find_words(source: Tensor) -> Words | None:
     """None if the source has no such columns."""
     import torch
 
@@ -97,14 +59,15 @@ def _find_words(source: Tensor) -> _Words | None:
         (*shape, count), (*(s // _LANES for s in strides), 1), base // _LANES
     )
     words = words.view(len(words), -1, count) if len(shape) == 1 else words
-    return _Words(head, head + count * each, words.numpy(), slice(start % _LANES, None, step))
+    return Words(head, head + count * each, words.numpy(), slice(start % _LANES, None, step))
 
 
-def _copy_words(target: Tensor, source: _Words) -> None:
+def copy_words(target: Any, source: Words) -> None:
+    """Into an int16 array of the shape of those rows, contiguous."""
     import numpy as np
 
     columns, inner, count = source.words.shape
-    rows = _integers(target).reshape(count, -1, columns, inner)
+    rows = target.reshape(count, -1, columns, inner)
     most = max(1, _COLUMNS // inner)
     for left in range(0, columns, most):
         right = min(left + most, columns)
