@@ -85,6 +85,16 @@ class Cuda(Device):
         return tensor.contiguous()
 
 
+def require_device(name: str | None) -> None:
+    """Raise UsageError if a GPU is asked for and there is none."""
+    if name != "cuda":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: torch finds no GPU it can use here; say --device cpu")
+
+
 @contextlib.contextmanager
 def working_on(name: str) -> Iterator[Device]:
     """The device of that name; host memory that is taken meanwhile is what it can reach fast.
@@ -98,10 +108,9 @@ def working_on(name: str) -> Iterator[Device]:
     if name == "cpu":
         yield Device()
         return
+    require_device(name)
     import torch
 
-    if not torch.cuda.is_available():
-        raise UsageError(f"--device {name}: torch finds no GPU it can use here; say --device cpu")
     number = next(
         (int(os.environ[n]) for n in _LOCAL_RANKS if os.environ.get(n, "").isdecimal()), 0
     )

@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,6 +21,7 @@ from gptoss_convert.notes import Notes, flat
 from gptoss_convert.ops import Copy
 from gptoss_convert.pieces import Piece, decoded, read_parts, require_equal
 from gptoss_convert.plan import ConversionPlan, Group, Output, Step, step_bytes_in
+from gptoss_convert.readahead import read_ahead
 from gptoss_convert.scratch import PAGE, Scratch
 from gptoss_convert.spoiled import Spoiled
 from gptoss_convert.staging import human
@@ -236,7 +237,9 @@ class Executor:
         writer = self._sink.open(group)
         encoder, spoiled = Encoder(writer, memory.waiting), Spoiled(keep=bool(self._plan.kept))
         try:
-            for piece, stored in self._read_ahead(list(_pieces(group, budget)), memory):
+            for piece, stored in read_ahead(
+                list(_pieces(group, budget)), self._read, memory.stored
+            ):
                 if self._stop.is_set():
                     writer.abort()
                     return
@@ -261,23 +264,7 @@ class Executor:
             if group.name not in mine:
                 self._notes.recall(group)
 
-    def _read_ahead(
-        self, pieces: Sequence[Piece], memory: _Memory
-    ) -> Iterator[tuple[Piece, _Stored]]:
-        """Each piece with its input; the next one is being read meanwhile."""
-        with ThreadPoolExecutor(1, "read") as reader:
-            ahead: Future[_Stored] | None = None
-            for index, piece in enumerate(pieces):
-                stored = (
-                    ahead or reader.submit(self._read, piece, memory.stored[index % 2])
-                ).result()
-                if index + 1 < len(pieces):
-                    later = memory.stored[(index + 1) % 2]
-                    ahead = reader.submit(self._read, pieces[index + 1], later)
-                yield piece, stored
-
     def _read(self, piece: Piece, scratch: Scratch) -> _Stored:
-        scratch.reset()
         step = piece.step
         return _Stored(
             [read_parts(self._source, piece, i, scratch) for i in step.inputs],

@@ -70,6 +70,7 @@ DTYPES = click.Choice(["bfloat16", "float16", "float32", "bf16", "fp16", "fp32"]
 hf_model_option = click.option(
     "--hf-model",
     "--hf-model-id",
+    "--hf-model-path",
     type=Checkpoint(),
     metavar="DIR|ID",
     help="Hugging Face folder or hub id.",
@@ -80,6 +81,7 @@ revision_option = click.option(
 megatron_option = click.option(
     "--megatron-path",
     "--megatron-load-path",
+    "--megatron-model-path",
     type=Folder(),
     help="Megatron checkpoint: root or iter_* folder.",
 )
@@ -197,7 +199,7 @@ def _size(*names: str, text: str) -> Callable[[F], F]:
     return click.option(*names, type=click.IntRange(1), default=1, show_default=True, help=text)
 
 
-layout_options = _options(
+sizes_options = _options(
     _size(
         "--tp", "--tensor-parallel-size", "--tensor-model-parallel-size", text="Tensor parallel."
     ),
@@ -207,7 +209,6 @@ layout_options = _options(
         "--pipeline-model-parallel-size",
         text="Pipeline stages.",
     ),
-    _size("--vpp", "--virtual-pipeline-model-parallel-size", text="Model chunks per stage."),
     _size(
         "--ep", "--expert-parallel-size", "--expert-model-parallel-size", text="Expert parallel."
     ),
@@ -216,6 +217,10 @@ layout_options = _options(
         "--expert-tensor-parallel-size",
         text="Tensor parallel within experts.",
     ),
+)
+layout_options = _options(
+    sizes_options,
+    _size("--vpp", "--virtual-pipeline-model-parallel-size", text="Model chunks per stage."),
     click.option(
         "--decoder-first-pipeline-num-layers",
         "first",

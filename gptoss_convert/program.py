@@ -164,7 +164,7 @@ def layout_of(**options: Any) -> Layout:
     """The parallel layout a command's options describe; takes all its options."""
     from gptoss_convert.layout import Layout
 
-    return Layout(**{f.name: options[f.name] for f in fields(Layout)})
+    return Layout(**{f.name: options[f.name] for f in fields(Layout) if f.name in options})
 
 
 def given(ctx: click.Context) -> set[str]:

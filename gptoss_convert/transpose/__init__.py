@@ -5,6 +5,7 @@ By a compiled kernel where numba is installed and there is enough to copy, else 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ def copy(target: Tensor, source: Tensor) -> None:
 
 
 def _transposed(target: Tensor, source: Tensor) -> None:
-    if next(_copied) >= _COMPILED and find_spec("numba"):
+    if next(_copied) >= _COMPILED and _has_numba():
         from gptoss_convert.transpose.compiled import copy_columns
 
         copy_columns(_integers(target), _integers(source))
@@ -52,6 +53,11 @@ def _transposed(target: Tensor, source: Tensor) -> None:
     _plain(target[: found.head], source[: found.head])
     copy_words(_integers(target[found.head : found.stop]), found)
     _plain(target[found.stop :], source[found.stop :])
+
+
+@functools.cache
+def _has_numba() -> bool:
+    return find_spec("numba") is not None
 
 
 def _plain(target: Tensor, source: Tensor) -> None:

@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from gptoss_convert import logical
 from gptoss_convert.layout import Layout, Parameter, Piece, join, pieces, take
-from gptoss_convert.scratch import Scratch
-from gptoss_plugins.gpt_model.build import build_gpt_model, load_checkpoint
+from gptoss_plugins.gpt_model.build import build_gpt_model
 from gptoss_plugins.gpt_model.world import coordinates
 from gptoss_plugins.megatron.legacy.names import LOCAL_GROUPED, stored_names
 
@@ -25,8 +23,6 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
     from torch import Tensor
 
-    from gptoss_convert.logical import Logical
-    from gptoss_convert.plan import Step
     from gptoss_convert.registry import Registry
     from gptoss_convert.stages import Chunk
     from gptoss_convert.types import Resharder
@@ -58,26 +54,48 @@ class LiveModel:
         for piece in pieces(parameter, self.layout, self.resharders):
             owner = self._first_with(piece, parameter)
             if me == owner:
-                mine = self._local(parameter)
+                mine = self.local(parameter)
                 if owner == 0:
                     found.append((piece, mine))
                 else:
                     dist.send(mine.contiguous(), 0)
             elif me == 0:
-                room = torch.empty(piece.shape, dtype=self._dtype, device=self._device)
+                room = torch.empty(piece.shape, dtype=self._dtype, device=self.place)
                 dist.recv(room, owner)
                 found.append((piece, room))
         return join(found, parameter) if me == 0 else None
 
-    def fill(self, parameter: Parameter, whole: Tensor) -> None:
-        """Take this rank's part of a whole parameter, if it has one."""
-        me = coordinates(dist.get_rank(), dist.get_world_size(), self.layout)
+    @property
+    def models(self) -> list[GPTModel]:
+        """The modules, in order."""
+        return [model for _, model in self.chunks]
+
+    def mine(self, parameter: Parameter) -> Piece | None:
+        """This rank's piece of a parameter; None if it has none of it."""
         if not any(chunk.has(parameter) for chunk, _ in self.chunks):
-            return
-        for piece in pieces(parameter, self.layout, self.resharders):
-            if piece.is_on(me):
-                with torch.no_grad():
-                    self._local(parameter).copy_(take(whole, piece.box))
+            return None
+        me = coordinates(dist.get_rank(), dist.get_world_size(), self.layout)
+        (piece,) = (p for p in pieces(parameter, self.layout, self.resharders) if p.is_on(me))
+        return piece
+
+    @torch.no_grad()
+    def fill(self, parameter: Parameter, piece: Piece, rows: Tensor, first: int = 0) -> None:
+        """Copy what this rank needs of some rows to its place.
+
+        Args:
+            parameter: which.
+            piece: this rank's of it.
+            rows: ``[count, *parameter.shape[1:]]``, of any dtype and device.
+            first: where they begin along the parameter's dim 0.
+
+        """
+        local, count, at = self.local(parameter), len(rows), 0
+        for start, stop in piece.box[0]:
+            low, high = max(start, first), min(stop, first + count)
+            if low < high:
+                box = (((low - first, high - first),), *piece.box[1:])
+                local.narrow(0, at + low - start, high - low).copy_(take(rows, box))
+            at += stop - start
 
     def _first_with(self, piece: Piece, parameter: Parameter) -> int:
         world = dist.get_world_size()
@@ -87,8 +105,8 @@ class LiveModel:
             number for number, at in enumerate(places) if at.pp == chunk.pp and piece.is_on(at)
         )
 
-    def _local(self, parameter: Parameter) -> Tensor:
-        """This rank's part, as the module has it."""
+    def local(self, parameter: Parameter) -> Tensor:
+        """This rank's part of a parameter that it has, as the module has it."""
         chunk, model = next(c for c in self.chunks if c[0].has(parameter))
         layer = None if parameter.layer is None else parameter.layer - chunk.first
         (name,) = stored_names(parameter.name, layer, LOCAL_GROUPED, 0)
@@ -101,31 +119,30 @@ class LiveModel:
         return dtype
 
     @property
-    def _device(self) -> torch.device:
+    def place(self) -> torch.device:
+        """This rank's device."""
         device: torch.device = next(self.chunks[0][1].parameters()).device
         return device
 
 
 def build_live(
     fields: Mapping[str, Any],
-    checkpoint: Logical,
     layout: Layout,
     registry: Registry,
     place: torch.device,
     dtype: torch.dtype,
 ) -> LiveModel:
-    """Build this rank's part of a model and load it.
+    """Build this rank's part of a model; its weights are undefined until they are loaded.
 
     Args:
         fields: the model in Megatron's names.
-        checkpoint: a Megatron checkpoint; megatron-core loads ``torch_dist``, the rest is cut here.
         layout: of the ranks there are.
         registry: the plugins, for how the layout cuts.
         place: this rank's device.
         dtype: of the model.
 
     Raises:
-        ConvertError: the layout does not divide the model, or the checkpoint is another model's.
+        ConvertError: the layout does not divide the model.
 
     """
     layers = fields["num_layers"]
@@ -146,22 +163,4 @@ def build_live(
         )
         for chunk in mine
     ]
-    live = LiveModel(list(zip(mine, built, strict=True)), layout, layers, registry.resharders())
-    if checkpoint.format == "torch_dist":
-        load_checkpoint(built, checkpoint.source.path)
-    else:
-        for step in checkpoint.steps.values():
-            live.fill(parameter_of(step, layers), _whole(checkpoint, step))
-    return live
-
-
-def parameter_of(step: Step, layers: int) -> Parameter:
-    """The Megatron parameter that a step reads."""
-    found = step.inputs[0]
-    return Parameter.of(step.rule, found.name, found.spec.shape, step.layer, layers)
-
-
-def _whole(of: Logical, step: Step) -> Tensor:
-    ((piece, _),) = logical.pieces(step, None, 1 << 62)
-    (tensor,) = logical.read(of, piece, Scratch(), in_order=True).tensors
-    return tensor
+    return LiveModel(list(zip(mine, built, strict=True)), layout, layers, registry.resharders())

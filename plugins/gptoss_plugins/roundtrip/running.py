@@ -12,8 +12,9 @@ import torch.distributed as dist
 from gptoss_convert.compare import difference
 from gptoss_convert.logical import Logical, Part, in_common, pieces, read, shapes_of
 from gptoss_convert.scratch import Scratch
+from gptoss_plugins.gpt_model.filling import load_by_megatron, parameter_of
 from gptoss_plugins.gpt_model.forward import logits
-from gptoss_plugins.gpt_model.live import build_live, parameter_of
+from gptoss_plugins.gpt_model.live import build_live
 from gptoss_plugins.verify.logits import LIMITS, compare_logits, hugging_face_logits, prompt
 
 if TYPE_CHECKING:
@@ -123,17 +124,18 @@ def round_trip(
     """
     started = time.monotonic()
     world = dist.get_world_size()
-    live = build_live(model.fields, checkpoint, layout, registry, place, dtype)
+    live = build_live(model.fields, layout, registry, place, dtype)
+    load_by_megatron(live, checkpoint)
     layers = model.fields["num_layers"]
     outcome = Outcome(world, layout, str(dtype).removeprefix("torch."))
     for key, step in checkpoint.steps.items():
-        parameter = parameter_of(step, layers)
+        parameter = parameter_of(step, layers, checkpoint.side)
         whole = live.whole(parameter)
         if whole is not None:
             outcome.rows += _rows(key, model, step, whole.cpu())
     if prompt_length:
         ids = prompt(model.fields["vocab_size"], prompt_length)
-        made = logits([m for _, m in live.chunks], ids.to(place))
+        made = logits(live.models, ids.to(place))
         ours = _on_first(made, (prompt_length, model.fields["vocab_size"]), place)
         if ours is not None:
             theirs = hugging_face_logits(

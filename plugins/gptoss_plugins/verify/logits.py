@@ -128,14 +128,16 @@ def logits_of(
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that Transformer Engine and Apex are not installed
+        from gptoss_plugins.gpt_model.filling import load_by_megatron
         from gptoss_plugins.gpt_model.forward import logits
         from gptoss_plugins.gpt_model.live import build_live
         from gptoss_plugins.gpt_model.world import world_of
 
     alone = Layout()
     with world_of(alone, place) as here:
-        live = build_live(of.fields, of, alone, registry, here, dtype)
-        made = logits([model for _, model in live.chunks], ids.to(here))
+        live = build_live(of.fields, alone, registry, here, dtype)
+        load_by_megatron(live, of)
+        made = logits(live.models, ids.to(here))
         assert made is not None
         return made[0, :, : of.fields["vocab_size"]].float().cpu()
 

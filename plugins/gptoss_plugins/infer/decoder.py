@@ -1,0 +1,182 @@
+"""New tokens through the layers of this rank, with a cache of the tokens before them.
+
+The modules are the GPTModel's, adapters and all; what differs from its own forward is what they are
+called with: positions per sequence, a cache, the last token's logits only, and experts that are summed
+up over ranks instead of tokens that are sent around.
+
+Letters: b sequences, s new tokens, H hidden, n heads and g key-value groups of this rank, d channels,
+T = b * s tokens, K experts that a token chooses.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from gptoss_kernels.attention import attend
+from gptoss_plugins.gpt_model.rope import concentration
+from gptoss_plugins.infer.cache import Cache, Shape, windows_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gptoss_plugins.gpt_model.build import GptOssModel
+
+
+class Decoder:
+    """This rank's part of a model, made to continue text. All ranks call its methods together.
+
+    Args:
+        model: built for inference: one chunk per stage, no sequence parallelism.
+        vocabulary: how many logits count; padding is cut off.
+
+    """
+
+    def __init__(self, model: GptOssModel, vocabulary: int) -> None:
+        self.model = model.eval()
+        self.vocabulary = vocabulary
+        self.config = model.config
+        self._weight = next(model.parameters())
+        self._frequencies = model.rotary_pos_emb.inv_freq.to(self._weight.device)
+        self._concentration = concentration(model.config)
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's."""
+        device: torch.device = self._weight.device
+        return device
+
+    def cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache for so many sequences of so many tokens."""
+        attentions = [layer.self_attention for layer in self.model.decoder.layers]
+        shape = Shape(
+            batch,
+            capacity,
+            windows_of([attention.core_attention.left for attention in attentions]),
+            attentions[0].num_query_groups_per_partition,
+            self.config.kv_channels,
+        )
+        return Cache(shape, self._weight.dtype, self.device)
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor, counts: Tensor, cache: Cache) -> Tensor | None:
+        """Read new tokens.
+
+        Args:
+            ids: int64 ``[b, s]``; a sequence's own tokens first, then padding, which is any id.
+            counts: how many of them are its own: int64 ``[b]``.
+            cache: of the tokens before; takes the new ones up.
+
+        Returns:
+            the logits of each sequence's last token, float32 ``[b, vocabulary]``, on the ranks of the
+            last pipeline stage; None elsewhere. Those of a sequence without new tokens mean nothing.
+
+        """
+        x = self._embedded(ids)
+        rotation = self._rotation(cache.positions(ids.shape[1]))
+        for index, layer in enumerate(self.model.decoder.layers):
+            x = x + self._attended(layer, layer.input_layernorm(x), rotation, index, counts, cache)
+            x = x + self._mixed(layer.mlp, layer.pre_mlp_layernorm(x))
+        cache.advance(counts)
+        return self._logits(x, counts)
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        """``[b, s, H]``: of the ids, or what the stage before made of them."""
+        if self.model.pre_process:
+            words: Tensor = self.model.embedding.word_embeddings(ids)
+            return words
+        shape = (*ids.shape, self.config.hidden_size)
+        room = torch.empty(shape, dtype=self._weight.dtype, device=self.device)
+        dist.recv(room, parallel_state.get_pipeline_model_parallel_prev_rank())
+        return room
+
+    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[b, s, 1, d/2]`` of positions ``[b, s]``, in the model's dtype."""
+        angles = positions[..., None, None].float() * self._frequencies
+        turned = (angles.cos(), angles.sin())
+        cos, sin = ((part * self._concentration).to(self._weight.dtype) for part in turned)
+        return cos, sin
+
+    def _attended(
+        self,
+        layer: Any,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        index: int,
+        counts: Tensor,
+        cache: Cache,
+    ) -> Tensor:
+        attention = layer.self_attention
+        core = attention.core_attention
+        qkv, _ = attention.linear_qkv(x)
+        groups, d = attention.num_query_groups_per_partition, self.config.kv_channels
+        qkv = qkv.unflatten(-1, (groups, -1, d))
+        query, key, value = qkv.split([qkv.shape[-2] - 2, 1, 1], dim=-2)
+        query = rotated(query.flatten(2, 3), *rotation)
+        key = rotated(key.squeeze(3), *rotation)
+        seen = cache.put(index, key, value.squeeze(3), counts)
+        out = attend(
+            query,
+            seen.key,
+            seen.value,
+            core.softmax_offset,
+            scale=core.scale,
+            offset=seen.offset,
+            begin=seen.begin,
+            window=seen.window,
+        )
+        y: Tensor
+        y, bias = attention.linear_proj(out.flatten(2))
+        return y if bias is None else y + bias
+
+    def _mixed(self, moe: Any, x: Tensor) -> Tensor:
+        """The weighted sum of each token's K experts."""
+        tokens = x.flatten(0, 1)
+        logits = moe.router.gating(tokens)
+        best, chosen = logits.topk(self.config.moe_router_topk, dim=-1)
+        shares = best.softmax(-1, dtype=torch.float32).to(x.dtype)
+        mixed = self._by_experts(moe.experts, tokens, chosen, shares)
+        if (group := parallel_state.get_expert_model_parallel_group()).size() > 1:
+            dist.all_reduce(mixed, group=group)
+        return mixed.view_as(x)
+
+    def _by_experts(self, experts: Any, tokens: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        """What the experts of this rank add: ``[T, H]``, of choices and shares ``[T, K]``.
+
+        Sums go token by token and not by adding up in place, whose order on a GPU is left to chance.
+        """
+        here = experts.linear_fc1.experts
+        local = chosen.flatten() - here.first
+        order = local.argsort(stable=True)
+        counts = (local == torch.arange(here.count, device=local.device)[:, None]).sum(1)
+        if here.count < here.total:  # those of other ranks' experts stand before and behind
+            start = int((local < 0).sum())
+            order = order[start : start + int(counts.sum())]
+        rows = tokens[order // chosen.shape[1]]
+        made, _ = experts(rows, counts, shares.flatten()[order])
+        placed = made.new_zeros((local.numel(), tokens.shape[1]))
+        placed[order] = made
+        summed: Tensor = placed.view(*chosen.shape, -1).sum(1)
+        return summed
+
+    def _logits(self, x: Tensor, counts: Tensor) -> Tensor | None:
+        if not self.model.post_process:
+            dist.send(x.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+            return None
+        rows = torch.arange(len(x), device=x.device)
+        last = self.model.decoder.final_layernorm(x[rows, (counts - 1).clamp(min=0)])
+        logits, _ = self.model.output_layer(last[:, None], runtime_gather_output=True)
+        found: Tensor = logits[:, 0, : self.vocabulary].float()
+        return found
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Channels i and i + d/2 of heads ``[b, s, n, d]`` turned by their position's angle.
+
+    Source of the form: transformers ``models/gpt_oss/modeling_gpt_oss.py``, ``_apply_rotary_emb``.
+    """
+    one, two = x.chunk(2, dim=-1)
+    return torch.cat([one * cos - two * sin, two * cos + one * sin], dim=-1)
