@@ -7,6 +7,7 @@ are used, at real sizes.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -33,6 +34,15 @@ CLOSE = {
     torch.float16: {"rtol": 2e-3, "atol": 2e-3},
     torch.bfloat16: {"rtol": 1e-2, "atol": 1e-2},
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Work is so little here that threads, on a busy machine, mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def noise(seed: int) -> torch.Generator:
@@ -269,18 +279,17 @@ def test_strides(case: Case, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", attention.BACKENDS)
-@pytest.mark.parametrize("place", [-5, 20, 1000, 2**40])
+@pytest.mark.parametrize("place", [-5, 20, 25, 1000])
+@pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("s", [1, 6])
-def test_a_wrong_offset_reads_nothing_outside(backend: str, place: int, s: int) -> None:
-    """Values are not checked, so they must do no harm: not crash, not read past the cache."""
-    x = made(Case(s=s, t=23, b=1))
-    offset = torch.tensor([place], device=DEVICE)
-    key = torch.ones_like(x.key)
-    for window in (None, 7):
-        got = attention.attend(
-            x.query, key, key, None, scale=1.0, offset=offset, window=window, backend=backend
-        )
-        assert ((got == 0) | ((got - 1).abs() < 1e-5)).all()
+def test_a_wrong_offset_does_no_harm(backend: str, place: int, window: int | None, s: int) -> None:
+    """Values are not checked: queries see what there is of their keys, and nothing is read beyond."""
+    case = Case(s=s, t=23, b=1, d=8)
+    x = replace(made(case), offset=torch.tensor([place], device=DEVICE))
+    how = {"scale": case.scale, "offset": x.offset, "window": window, "backend": backend}
+    got = attention.attend(x.query, x.key, x.value, x.sinks, **how)
+    want = naive(x, case.scale, window)
+    torch.testing.assert_close(got.cpu().double(), want, **CLOSE[torch.float32])
 
 
 def test_the_backend_is_chosen_by_the_device() -> None:
