@@ -12,16 +12,17 @@ import base64
 import json
 import os
 import resource
+import runpy
 import sys
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders
 from transformers import AutoTokenizer
 
 from gptoss_convert.errors import CheckpointError, ConfigError, ResourceError, UsageError
@@ -33,53 +34,12 @@ from gptoss_plugins.infer.harmony import EFFORTS, Message, Parser, parse, render
 from gptoss_plugins.infer.tokenizer import Tokenizer, load_tokenizer
 from gptoss_plugins.infer.transcript import Transcript
 
+SUPPORT = Path(__file__).parents[1] / "support"
+tiny = SimpleNamespace(**runpy.run_path(str(SUPPORT / "tiny_tokenizer.py")))
+SPECIAL, TEMPLATE = tiny.SPECIAL, tiny.TEMPLATE
 REAL = os.environ.get("GPTOSS_TOKENIZER")
 real = pytest.mark.skipif(not REAL, reason="GPTOSS_TOKENIZER names no folder")
 
-WORDS = ("assistant", "analysis", "commentary", "final", "Ġhello", "Ġto", "=functions", "ðŁĺ")
-SPECIAL = (
-    "<|end|>",
-    "<|reserved|>",
-    "<|return|>",
-    "<|message|>",
-    "<|start|>",
-    "<|endoftext|>",
-    "<|call|>",
-    "<|channel|>",
-    "<|constrain|>",
-)
-# Harmony by its description (https://github.com/openai/harmony/blob/main/docs/format.md), in the
-# terms of the published template: thinking shows only before calls that are not answered yet.
-TEMPLATE = """\
-{%- macro message(header, content, end="<|end|>") -%}
-{{ "<|start|>" + header + "<|message|>" + content + end }}
-{%- endmacro -%}
-{{- message("system", "You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: \
-2024-06\nCurrent date: " + strftime_now("%Y-%m-%d") + "\n\nReasoning: " + reasoning_effort
-+ "\n\n# Valid channels: analysis, commentary, final. Channel must be included for every message.") }}
-{%- set answers = namespace(left=0) -%}
-{%- for m in messages if m.role == "assistant" and not m.tool_calls -%}
-  {%- set answers.left = answers.left + 1 -%}
-{%- endfor -%}
-{%- for m in messages -%}
-  {%- if m.role in ["system", "developer"] -%}
-    {{- message("developer", "# Instructions\n\n" + m.content) }}
-  {%- elif m.role == "user" -%}
-    {{- message("user", m.content) }}
-  {%- elif m.tool_calls -%}
-    {%- if m.thinking and not answers.left -%}
-      {{- message("assistant<|channel|>analysis", m.thinking) }}
-    {%- endif -%}
-    {%- set call = m.tool_calls[0].function -%}
-    {{- message("assistant to=functions." + call.name + "<|channel|>commentary json",
-                call.arguments | tojson, "<|call|>") }}
-  {%- else -%}
-    {%- set answers.left = answers.left - 1 -%}
-    {{- message("assistant<|channel|>final", m.content) }}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ "<|start|>assistant" }}{%- endif -%}
-"""
 SYSTEM = (
     "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\n"
     "Knowledge cutoff: 2024-06\nCurrent date: {date}\n\nReasoning: {effort}\n\n# Valid channels: "
@@ -110,47 +70,10 @@ CONVERSATIONS = (
 )
 
 
-def _backend(words: tuple[str, ...] = WORDS) -> Backend:
-    vocabulary = {character: byte for character, byte in BYTES.items()}
-    merges = []
-    for word in words:
-        for end in range(2, len(word) + 1):
-            if word[:end] not in vocabulary:
-                merges.append((word[: end - 1], word[end - 1]))
-                vocabulary[word[:end]] = len(vocabulary)
-    backend = Backend(models.BPE(vocab=vocabulary, merges=merges))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(list(SPECIAL))
-    return backend
-
-
-def _write(folder: Path, **files: Any) -> dict[str, Path]:
-    """Files of a checkpoint; ``None`` leaves one out."""
-    folder.mkdir(exist_ok=True)
-    named: dict[str, Any] = {
-        "tokenizer.json": _backend().to_str(),
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<|startoftext|>",  # which this vocabulary lacks
-            "eos_token": "<|return|>",
-            "pad_token": "<|endoftext|>",
-        },
-        "chat_template.jinja": TEMPLATE,
-        **files,
-    }
-    for name, value in named.items():
-        if isinstance(value, bytes):
-            (folder / name).write_bytes(value)
-        elif value is not None:
-            (folder / name).write_text(value if isinstance(value, str) else json.dumps(value))
-    return {path.name: path for path in folder.iterdir()}
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
-    _write(folder)
+    tiny.write_tokenizer(folder)
     return folder
 
 
@@ -160,7 +83,7 @@ def tokenizer(folder: Path) -> Tokenizer:
 
 
 def _load(tmp_path: Path, **files: Any) -> Tokenizer:
-    return load_tokenizer(_write(tmp_path / "checkpoint", **files), "the checkpoint")
+    return load_tokenizer(tiny.write_tokenizer(tmp_path / "checkpoint", **files), "the checkpoint")
 
 
 # The tokenizer.
@@ -172,11 +95,11 @@ def test_ids_are_those_of_transformers(tokenizer: Tokenizer, folder: Path) -> No
         ids = theirs(text)["input_ids"]
         assert tokenizer.encode(text) == ids
         assert tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
-    assert len(tokenizer) == len(_backend().get_vocab())
+    assert len(tokenizer) == len(tiny.tiny_backend().get_vocab())
 
 
 def test_every_id_has_bytes_and_special_ones_none(tokenizer: Tokenizer) -> None:
-    backend = _backend()
+    backend = tiny.tiny_backend()
     for name, number in backend.get_vocab().items():
         shown = tokenizer.token_bytes(number)
         assert shown == (b"" if name in SPECIAL else bytes(BYTES[c] for c in name))
@@ -185,7 +108,7 @@ def test_every_id_has_bytes_and_special_ones_none(tokenizer: Tokenizer) -> None:
 
 
 def test_added_tokens_that_are_not_special_are_shown(tmp_path: Path) -> None:
-    backend = _backend()
+    backend = tiny.tiny_backend()
     backend.add_tokens(["é ö"])
     tokenizer = _load(tmp_path, **{"tokenizer.json": backend.to_str()})
     ids = tokenizer.encode("aé öb")
@@ -234,7 +157,7 @@ def test_stop_ids(tmp_path: Path, files: dict[str, Any], expected: tuple[Any, ..
     assert tokenizer.stop_ids == ids
     ends = (tokenizer.id_of("<|return|>"), tokenizer.id_of("<|call|>"))
     assert stop_ids(tokenizer) == tuple(dict.fromkeys([*ids, *ends]))
-    assert len(tokenizer) == len(_backend().get_vocab())  # <|none|> was not added
+    assert len(tokenizer) == len(tiny.tiny_backend().get_vocab())  # <|none|> was not added
 
 
 def test_template_stands_in_a_file_or_in_the_config(tmp_path: Path) -> None:
@@ -276,7 +199,7 @@ def test_damaged_files_are_one_sentence(
 
 
 def test_a_tokenizer_of_another_kind_is_refused(tmp_path: Path) -> None:
-    backend = _backend()
+    backend = tiny.tiny_backend()
     backend.decoder = decoders.Metaspace()
     with pytest.raises(CheckpointError, match="decodes by Metaspace, where GPT-OSS's"):
         _load(tmp_path, **{"tokenizer.json": backend.to_str()})

@@ -58,7 +58,9 @@ def _label(channel: str) -> str:
 
 
 def printable(text: str) -> str:
-    """A model must not draw on the terminal."""
+    """A model must not draw on the terminal; elsewhere its text stays as it is."""
+    if not sys.stdout.isatty():
+        return text
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 

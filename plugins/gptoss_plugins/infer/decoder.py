@@ -4,8 +4,8 @@ The modules are the GPTModel's, adapters and all; what differs from its own forw
 called with: positions per sequence, a cache, the last token's logits only, and experts that are summed
 up over ranks instead of tokens that are sent around.
 
-Letters: b sequences, s new tokens, H hidden, n heads and g key-value groups of this rank, d channels,
-T = b * s tokens, K experts that a token chooses.
+Letters: b sequences, s new tokens, T tokens without padding, H hidden, n heads and g key-value groups
+of this rank, d channels, K experts that a token chooses.
 """
 
 from __future__ import annotations
@@ -75,20 +75,27 @@ class Decoder:
             last pipeline stage; None elsewhere. Those of a sequence without new tokens mean nothing.
 
         """
-        x = self._embedded(ids)
+        own = _own(ids, counts)
+        x = self._embedded(ids if own is None else ids.flatten()[own])
         rotation = self._rotation(cache.positions(ids.shape[1]))
         for index, layer in enumerate(self.model.decoder.layers):
-            x = x + self._attended(layer, layer.input_layernorm(x), rotation, index, counts, cache)
+            qkv, _ = layer.self_attention.linear_qkv(layer.input_layernorm(x))
+            room = _spread(qkv, own, ids.shape)
+            seen = self._attended(layer.self_attention, room, rotation, index, counts, cache)
+            y, bias = layer.self_attention.linear_proj(_gathered(seen, own))
+            x = x + (y if bias is None else y + bias)
             x = x + self._mixed(layer.mlp, layer.pre_mlp_layernorm(x))
         cache.advance(counts)
-        return self._logits(x, counts)
+        last = counts.cumsum(0) - 1 if own is not None else ids.shape[1] * (_range(counts) + 1) - 1
+        return self._logits(x, last.clamp(min=0))
 
     def _embedded(self, ids: Tensor) -> Tensor:
-        """``[b, s, H]``: of the ids, or what the stage before made of them."""
+        """``[T, H]``: of T ids, or what the stage before made of them."""
+        flat = ids.flatten()
         if self.model.pre_process:
-            words: Tensor = self.model.embedding.word_embeddings(ids)
+            words: Tensor = self.model.embedding.word_embeddings(flat)
             return words
-        shape = (*ids.shape, self.config.hidden_size)
+        shape = (len(flat), self.config.hidden_size)
         room = torch.empty(shape, dtype=self._weight.dtype, device=self.device)
         dist.recv(room, parallel_state.get_pipeline_model_parallel_prev_rank())
         return room
@@ -102,23 +109,22 @@ class Decoder:
 
     def _attended(
         self,
-        layer: Any,
-        x: Tensor,
+        attention: Any,
+        qkv: Tensor,
         rotation: tuple[Tensor, Tensor],
         index: int,
         counts: Tensor,
         cache: Cache,
     ) -> Tensor:
-        attention = layer.self_attention
+        """``[b, s, n * d]`` of ``linear_qkv``'s ``[b, s, (n + 2 * g) * d]``."""
         core = attention.core_attention
-        qkv, _ = attention.linear_qkv(x)
         groups, d = attention.num_query_groups_per_partition, self.config.kv_channels
         qkv = qkv.unflatten(-1, (groups, -1, d))
         query, key, value = qkv.split([qkv.shape[-2] - 2, 1, 1], dim=-2)
         query = rotated(query.flatten(2, 3), *rotation)
         key = rotated(key.squeeze(3), *rotation)
         seen = cache.put(index, key, value.squeeze(3), counts)
-        out = attend(
+        made: Tensor = attend(
             query,
             seen.key,
             seen.value,
@@ -128,20 +134,17 @@ class Decoder:
             begin=seen.begin,
             window=seen.window,
         )
-        y: Tensor
-        y, bias = attention.linear_proj(out.flatten(2))
-        return y if bias is None else y + bias
+        return made.flatten(2)
 
-    def _mixed(self, moe: Any, x: Tensor) -> Tensor:
-        """The weighted sum of each token's K experts."""
-        tokens = x.flatten(0, 1)
+    def _mixed(self, moe: Any, tokens: Tensor) -> Tensor:
+        """The weighted sum of each token's K experts: ``[T, H]`` of ``[T, H]``."""
         logits = moe.router.gating(tokens)
         best, chosen = logits.topk(self.config.moe_router_topk, dim=-1)
-        shares = best.softmax(-1, dtype=torch.float32).to(x.dtype)
+        shares = best.softmax(-1, dtype=torch.float32).to(tokens.dtype)
         mixed = self._by_experts(moe.experts, tokens, chosen, shares)
         if (group := parallel_state.get_expert_model_parallel_group()).size() > 1:
             dist.all_reduce(mixed, group=group)
-        return mixed.view_as(x)
+        return mixed
 
     def _by_experts(self, experts: Any, tokens: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         """What the experts of this rank add: ``[T, H]``, of choices and shares ``[T, K]``.
@@ -162,15 +165,45 @@ class Decoder:
         summed: Tensor = placed.view(*chosen.shape, -1).sum(1)
         return summed
 
-    def _logits(self, x: Tensor, counts: Tensor) -> Tensor | None:
+    def _logits(self, x: Tensor, last: Tensor) -> Tensor | None:
+        """Of some rows of ``[T, H]``; None, and all rows go on, if this is not the last stage."""
         if not self.model.post_process:
             dist.send(x.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
             return None
-        rows = torch.arange(len(x), device=x.device)
-        last = self.model.decoder.final_layernorm(x[rows, (counts - 1).clamp(min=0)])
-        logits, _ = self.model.output_layer(last[:, None], runtime_gather_output=True)
+        ends = self.model.decoder.final_layernorm(x[last])
+        logits, _ = self.model.output_layer(ends[:, None], runtime_gather_output=True)
         found: Tensor = logits[:, 0, : self.vocabulary].float()
         return found
+
+
+def _range(like: Tensor) -> Tensor:
+    return torch.arange(len(like), device=like.device)
+
+
+def _own(ids: Tensor, counts: Tensor) -> Tensor | None:
+    """Where in ``[b * s]`` the sequences' own tokens are; None where padding is not worth a look.
+
+    Only attention needs sequences side by side: all else can leave their padding out.
+    """
+    if ids.shape[1] == 1 or len(ids) == 1:
+        return None
+    is_own = torch.arange(ids.shape[1], device=ids.device) < counts[:, None]
+    return is_own.flatten().nonzero()[:, 0]
+
+
+def _spread(x: Tensor, own: Tensor | None, shape: torch.Size) -> Tensor:
+    """Rows ``[T, C]`` -> ``[b, s, C]``, padding zero."""
+    if own is None:
+        return x.view(*shape, -1)
+    room = x.new_zeros((shape.numel(), x.shape[-1]))
+    room[own] = x
+    return room.view(*shape, -1)
+
+
+def _gathered(x: Tensor, own: Tensor | None) -> Tensor:
+    """The inverse of ``_spread``."""
+    flat = x.flatten(0, 1)
+    return flat if own is None else flat[own]
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
