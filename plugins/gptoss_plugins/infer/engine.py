@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 PREFILL_TOKENS = 16384  # of all sequences, in one pass through the layers
 _WORTH_CAPTURING = 8  # tokens
 
-Watch = "Callable[[int, int], bool]"
-
 
 @dataclass
 class Completion:
@@ -148,6 +146,10 @@ class Engine:
         if mark:
             self._kept = _Kept(cache, done[0].prompt, done[0].ids[:-1], mark)
         return done, timing
+
+    def forget(self) -> None:
+        """Give the cache of the last prompt back."""
+        self._kept = None
 
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:
         for number, prompt in enumerate(prompts, 1):
