@@ -17,6 +17,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from gptoss_kernels.attention import attend
+from gptoss_kernels.experts import Activation, Weights, mix, runs_on
+from gptoss_plugins.gpt_model.config import SIGMOID_SCALE
+from gptoss_plugins.gpt_model.experts import GroupedLinear
 from gptoss_plugins.gpt_model.rope import concentration
 from gptoss_plugins.infer.cache import Cache, Shape, windows_of
 
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gptoss_plugins.gpt_model.build import GptOssModel
+
+
+_FEW = 32  # choices of experts
 
 
 class Decoder:
@@ -42,6 +48,9 @@ class Decoder:
         self._weight = next(model.parameters())
         self._frequencies = model.rotary_pos_emb.inv_freq.to(self._weight.device)
         self._concentration = concentration(model.config)
+        self._activation = Activation(
+            SIGMOID_SCALE, self.config.activation_func_clamp_value, self.config.glu_linear_offset
+        )
 
     @property
     def device(self) -> torch.device:
@@ -140,11 +149,17 @@ class Decoder:
         """The weighted sum of each token's K experts: ``[T, H]`` of ``[T, H]``."""
         logits = moe.router.gating(tokens)
         best, chosen = logits.topk(self.config.moe_router_topk, dim=-1)
-        shares = best.softmax(-1, dtype=torch.float32).to(tokens.dtype)
-        mixed = self._by_experts(moe.experts, tokens, chosen, shares)
+        shares = best.softmax(-1, dtype=torch.float32)
+        if self._are_few(tokens, chosen) and (weights := _plain(moe.experts)):
+            return mix(tokens, chosen, shares, weights, self._activation)
+        mixed = self._by_experts(moe.experts, tokens, chosen, shares.to(tokens.dtype))
         if (group := parallel_state.get_expert_model_parallel_group()).size() > 1:
             dist.all_reduce(mixed, group=group)
         return mixed
+
+    def _are_few(self, tokens: Tensor, chosen: Tensor) -> bool:
+        """Whether reading each choice's weights beats sorting the choices by expert."""
+        return chosen.numel() <= _FEW and runs_on(tokens)
 
     def _by_experts(self, experts: Any, tokens: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         """What the experts of this rank add: ``[T, H]``, of choices and shares ``[T, K]``.
@@ -174,6 +189,14 @@ class Decoder:
         logits, _ = self.model.output_layer(ends[:, None], runtime_gather_output=True)
         found: Tensor = logits[:, 0, : self.vocabulary].float()
         return found
+
+
+def _plain(experts: Any) -> Weights | None:
+    """The weights, if all experts are here, and nothing was added to what computes with them."""
+    fc1, fc2 = experts.linear_fc1, experts.linear_fc2
+    if not type(fc1) is type(fc2) is GroupedLinear or fc1.experts.count < fc1.experts.total:
+        return None
+    return Weights(fc1.weight, fc1.bias, fc2.weight, fc2.bias)
 
 
 def _range(like: Tensor) -> Tensor:

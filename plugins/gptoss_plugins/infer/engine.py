@@ -127,13 +127,14 @@ class Engine:
         mark = Mark(cache) if len(prompts) == 1 else None
         token = self._chosen(logits, sampler, len(prompts))
         timing.first_token = time.monotonic() - started
-        graph = None
+        graph, going, counts = None, [], token
         while True:
-            self._take(token, done, new_tokens, room, watch, timing)
-            going = [not one.reason for one in done]
+            self._take(token, done, new_tokens, room, watch)
+            before, going = going, [not one.reason for one in done]
             if not any(going):
                 break
-            counts = torch.tensor(going, dtype=torch.int64, device=self._decoder.device)
+            if going != before:
+                counts = torch.tensor(going, dtype=torch.int64, device=self._decoder.device)
             if graph is None and room >= _WORTH_CAPTURING and can_capture(self._decoder):
                 graph = GraphedStep(self._decoder, cache)
             step = token[:, None]
@@ -217,7 +218,6 @@ class Engine:
         new_tokens: int,
         room: int,
         watch: Callable[[int, int], bool],
-        timing: Timing,
     ) -> None:
         """Append the tokens, and note who has reason to stop."""
         for number, (one, new) in enumerate(zip(done, token.tolist(), strict=True)):
