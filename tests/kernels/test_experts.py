@@ -24,7 +24,7 @@ def make(tokens: int, top: int, count: int, hidden: int, width: int, dtype: torc
     noise = torch.Generator().manual_seed(tokens * 1000 + hidden)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=noise).to(dtype)
+        return (0.3 * torch.randn(shape, generator=noise)).to(dtype)
 
     weights = Weights(
         draw(count, 2 * width, hidden),

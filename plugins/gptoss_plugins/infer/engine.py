@@ -127,7 +127,8 @@ class Engine:
         mark = Mark(cache) if len(prompts) == 1 else None
         token = self._chosen(logits, sampler, len(prompts))
         timing.first_token = time.monotonic() - started
-        graph, going, counts = None, [], token
+        going: list[bool] = []
+        graph, counts = None, token
         while True:
             self._take(token, done, new_tokens, room, watch)
             before, going = going, [not one.reason for one in done]
