@@ -155,7 +155,7 @@ def of_ours(config: dict[str, Any], args: argparse.Namespace) -> Times:
 
     registry = default_registry()
     fields = registry.models()["gpt-oss"].megatron_config(config)
-    with world_of(Layout(), args.device) as place:
+    with world_of(Layout(), args.device, schedules=False) as place:
         live = build_live(fields, Layout(), registry, place, getattr(torch, args.dtype))
         fill(live.models[0])
         decoder = Decoder(live.models[0], fields["vocab_size"])

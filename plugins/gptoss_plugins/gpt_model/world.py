@@ -20,8 +20,15 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def world_of(layout: Layout, device: str | None) -> Iterator[torch.device]:
+def world_of(
+    layout: Layout, device: str | None, *, schedules: bool = True
+) -> Iterator[torch.device]:
     """The ranks, joined in a layout; on CPUs megatron-core's calls for CUDA mean the CPU.
+
+    Args:
+        layout: of the ranks.
+        device: ``cpu`` or ``cuda``; CUDA where there is one, if None.
+        schedules: whether megatron-core's pipeline schedules or its optimizer will run.
 
     Raises:
         ConfigError: there are not as many ranks as the layout needs.
@@ -40,7 +47,7 @@ def world_of(layout: Layout, device: str | None) -> Iterator[torch.device]:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")  # of megatron-core and torch, to their own developers
             if place.type == "cpu":
-                stack.enter_context(cuda_means_cpu())
+                stack.enter_context(cuda_means_cpu(factories=schedules))
             yield place
     finally:
         shut_down_parallel()

@@ -70,7 +70,7 @@ class Decoder:
         )
         return Cache(shape, self._weight.dtype, self.device)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self, ids: Tensor, counts: Tensor, cache: Cache) -> Tensor | None:
         """Read new tokens.
 

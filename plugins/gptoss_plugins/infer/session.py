@@ -126,7 +126,7 @@ def open_session(
     from gptoss_plugins.verify.logits import precision
 
     rank = int(os.environ.get("RANK", "0"))
-    with world_of(layout, device) as place:
+    with world_of(layout, device, schedules=False) as place:
         live = build_live(checkpoint.fields, layout, registry, place, precision(dtype, device))
         total = sum(p.nbytes for model in live.models for p in model.parameters())
         with reporting("load", total, show=show and rank == 0) as progress:
