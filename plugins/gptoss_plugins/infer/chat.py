@@ -17,7 +17,6 @@ from gptoss_plugins.infer.options import (
     model_options,
     sampling_of,
     sampling_options,
-    underscores,
     wanted_of,
 )
 
@@ -32,7 +31,7 @@ NEW_TOKENS = 2048
 _LONGEST = 1 << 20  # bytes of what a user says at once
 
 
-@click.command("chat", context_settings=underscores)
+@click.command("chat")
 @click.option(
     "--save",
     type=click.Path(path_type=Path),

@@ -19,7 +19,6 @@ from gptoss_plugins.infer.options import (
     model_options,
     sampling_of,
     sampling_options,
-    underscores,
     wanted_of,
 )
 
@@ -34,7 +33,7 @@ SCHEMA = "gptoss-convert.generate/1"
 MOST_PROMPTS = 64 << 20  # bytes of a file of prompts
 
 
-@click.command("generate", context_settings=underscores)
+@click.command("generate")
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Repeatable.")
 @click.option(
     "--prompt-file",

@@ -23,8 +23,6 @@ from gptoss_plugins.infer.session import Wanted
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# As users' scripts spell them: --max_new_tokens.
-underscores = {"token_normalize_func": lambda name: name.replace("_", "-")}
 F = TypeVar("F", bound="Callable[..., object]")
 _MODEL = (
     hf_model_option,
