@@ -3,12 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-all lint format clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/gptoss-convert demo --output gptoss-demo
 
 test: lint
+	$(VENV)/bin/pytest -n 2 --dist worksteal -m "not slow" --durations 20
+
+test-all: lint
 	$(VENV)/bin/pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.installed-dev
