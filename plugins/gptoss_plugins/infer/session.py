@@ -159,11 +159,33 @@ def _checkpoint(
             files = model.files
     if found.problems:
         raise PlanError(str(found.source.path), found.problems)
+    return found, files if wanted.tokenizer is None else _in_folder(wanted.tokenizer)
+
+
+def tokenizer_files(
+    wanted: Wanted, registry: Registry, choice: Choice
+) -> tuple[Mapping[str, Path], str]:
+    """A tokenizer's files, and where they are, for messages; no weights are needed.
+
+    Raises:
+        ConvertError: nothing is named, or it is not there.
+
+    """
     if wanted.tokenizer is not None:
-        if not wanted.tokenizer.is_dir():
-            raise UsageError(f"--tokenizer {wanted.tokenizer}: is no folder; name one")
-        files = {path.name: path for path in wanted.tokenizer.iterdir() if path.is_file()}
-    return found, files
+        return _in_folder(wanted.tokenizer), str(wanted.tokenizer)
+    named = wanted.megatron_path or wanted.hf_model
+    if named is None:
+        raise UsageError("name a tokenizer, with --tokenizer, --hf-model or --megatron-path")
+    source = open_source(
+        named, registry=registry, choice=choice, revision=wanted.hf_revision, headers_only=True
+    )
+    return source.files, str(source.path)
+
+
+def _in_folder(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise UsageError(f"--tokenizer {folder}: is no folder; name one")
+    return {path.name: path for path in folder.iterdir() if path.is_file()}
 
 
 def _require_megatron() -> None:

@@ -1,0 +1,222 @@
+"""Documents -> megatron-core's indexed dataset, ``PREFIX.bin`` and ``PREFIX.idx``.
+
+Every unit becomes an indexed dataset of its own in ``PREFIX.parts``, on any process, and counts once its
+index is there. In the end they are put together in order. So the bytes do not depend on how many
+processes there were, nor on how often they were killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xxhash import xxh3_128
+
+from gptoss_convert.blockio import sync_folder
+from gptoss_convert.errors import IncompleteError, UsageError
+from gptoss_plugins.data.units import documents, find_files, units_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from gptoss_plugins.data.units import Unit
+
+SCHEMA = "gptoss-convert.preprocess/1"
+NOTE = "plan.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is made of documents.
+
+    Attributes:
+        key: field or column with the text.
+        append_eod: end every document with the tokenizer's end-of-text token.
+        files: of the tokenizer: name -> file.
+        where: the tokenizer's checkpoint, for messages.
+
+    """
+
+    key: str
+    append_eod: bool
+    files: Mapping[str, Path]
+    where: str
+
+
+def preprocess(
+    inputs: Sequence[Path],
+    prefix: Path,
+    job: Job,
+    *,
+    workers: int = 1,
+    overwrite: bool = False,
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Tokenize documents into an indexed dataset.
+
+    Args:
+        inputs: files and folders of JSONL, zstd JSONL or Parquet.
+        prefix: of the two files that are made.
+        job: how.
+        workers: processes.
+        overwrite: replace a dataset that is there.
+        progress: is told bytes of input as they are done.
+
+    Returns:
+        ``documents``, ``tokens``, ``bytes`` of the ``.bin`` file, ``files``, ``units``.
+
+    Raises:
+        UsageError: the inputs or the target make no sense.
+        CheckpointError: a document is damaged; what was finished is kept.
+
+    """
+    target = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+    if not overwrite and any(path.exists() for path in target):
+        raise UsageError(f"{prefix}: is there already; say --overwrite, or name another prefix")
+    if not prefix.parent.is_dir():
+        raise UsageError(f"{prefix.parent}: is no folder; make it first")
+    files = find_files(inputs)
+    units = [unit for path in files for unit in units_of(path)]
+    parts = Path(f"{prefix}.parts")
+    _claim(parts, units, job)
+    for number, unit in enumerate(units):
+        if _part(parts, number, ".idx").exists():
+            progress(unit.stop - unit.start)
+    _make(parts, units, job, workers, progress)
+    found = _join(parts, len(units), target)
+    shutil.rmtree(parts)
+    return {
+        "schema": SCHEMA,
+        "prefix": str(prefix),
+        **found,
+        "files": len(files),
+        "units": len(units),
+    }
+
+
+def _claim(parts: Path, units: Sequence[Unit], job: Job) -> None:
+    """Go on with what an earlier run left, if it is of the same inputs and options."""
+    digest = xxh3_128()
+    for name in sorted(job.files):
+        digest.update(name.encode() + job.files[name].read_bytes())
+    facts = [[str(u.path), u.start, u.stop, u.path.stat().st_mtime_ns] for u in units]
+    plan = json.dumps([job.key, job.append_eod, digest.hexdigest(), facts])
+    note = parts / NOTE
+    if note.exists() and note.read_text() != plan:
+        raise IncompleteError(
+            f"{parts}: is an unfinished run of other inputs or options; finish it with those, or remove it"
+        )
+    if not note.exists():
+        shutil.rmtree(parts, ignore_errors=True)
+        parts.mkdir()
+        note.write_text(plan)
+
+
+def _part(parts: Path, number: int, suffix: str) -> Path:
+    return parts / f"{number:06}{suffix}"
+
+
+def _make(
+    parts: Path,
+    units: Sequence[Unit],
+    job: Job,
+    workers: int,
+    progress: Callable[[int], None],
+) -> None:
+    todo = [n for n in range(len(units)) if not _part(parts, n, ".idx").exists()]
+    if workers == 1 or len(todo) < 2:
+        for number in todo:
+            make_part(parts, number, units[number], job)
+            progress(units[number].stop - units[number].start)
+        return
+    # Fresh processes: tokenizers and torch have threads, which do not survive a fork.
+    with ProcessPoolExecutor(min(workers, len(todo)), get_context("spawn")) as pool:
+        futures = {pool.submit(make_part, parts, n, units[n], job): n for n in todo}
+        for future in futures:
+            future.add_done_callback(
+                lambda f: progress(units[futures[f]].stop - units[futures[f]].start)
+            )
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        pool.shutdown(cancel_futures=True)
+        for future in done:
+            future.result()
+
+
+def make_part(parts: Path, number: int, unit: Unit, job: Job) -> None:
+    """One unit's own dataset; its index appears last."""
+    import torch
+
+    tokenizer = _tokenizer(job)
+    data, index = _part(parts, number, ".bin"), _part(parts, number, ".idx")
+    megatron = _indexed_dataset()
+    dtype = megatron.DType.optimal_dtype(len(tokenizer))
+    builder = megatron.IndexedDatasetBuilder(str(data), dtype=dtype)
+    end = [_end(tokenizer)] if job.append_eod else []
+    with builder.data_file:
+        for text in documents(unit, job.key):
+            if ids := tokenizer.encode(text):
+                builder.add_item(torch.tensor([*ids, *end], dtype=torch.int64))
+                builder.end_document()
+    half = index.with_suffix(".half")
+    builder.finalize(str(half))
+    half.rename(index)
+
+
+_tokenizers: dict[str, Any] = {}  # one per process
+
+
+def _tokenizer(job: Job) -> Any:
+    if job.where not in _tokenizers:
+        from gptoss_plugins.infer.tokenizer import load_tokenizer
+
+        _tokenizers[job.where] = load_tokenizer(job.files, job.where)
+    return _tokenizers[job.where]
+
+
+def _end(tokenizer: Any) -> int:
+    """GPT-OSS's end of a text is ``<|endoftext|>``; ``<|return|>``, its eos, ends answers only."""
+    found = tokenizer.id_of("<|endoftext|>")
+    if found is None:
+        found = next(iter(tokenizer.stop_ids), None)
+    if found is None:
+        raise UsageError(
+            f"{tokenizer.where}: its tokenizer has no token that ends a text; say --no-append-eod"
+        )
+    return int(found)
+
+
+def _indexed_dataset() -> Any:
+    """megatron-core's module, without its warnings that Transformer Engine and Apex are missing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.datasets import indexed_dataset
+
+    return indexed_dataset
+
+
+def _join(parts: Path, count: int, target: tuple[Path, Path]) -> dict[str, Any]:
+    """The parts one behind the other; both files by a rename, the index last."""
+    megatron = _indexed_dataset()
+    first = megatron._IndexReader(str(_part(parts, 0, ".idx")), multimodal=False)
+    half = [path.with_name(path.name + ".part") for path in target]
+    builder = megatron.IndexedDatasetBuilder(str(half[0]), dtype=first.dtype)
+    for number in range(count):
+        builder.add_index(str(_part(parts, number, "")))
+    builder.data_file.flush()
+    os.fsync(builder.data_file.fileno())
+    builder.finalize(str(half[1]))
+    for path, made in zip(target, half, strict=True):
+        made.rename(path)
+    sync_folder(target[0].parent)
+    return {
+        "documents": len(builder.document_indices) - 1,
+        "tokens": sum(map(int, builder.sequence_lengths)),
+        "bytes": target[0].stat().st_size,
+    }

@@ -1,0 +1,183 @@
+"""Files of documents, cut into units that can be read by themselves, on any process, again and again.
+
+A plain JSONL file is cut at lines near every ``UNIT_BYTES``; a compressed one is a unit, since it can
+only be read from its start; a Parquet file has a unit for each row group.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from gptoss_convert.errors import CheckpointError, ConfigError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+UNIT_BYTES = 64 << 20
+LONGEST_LINE = 1 << 30  # bytes of a document; a file without line ends is no JSONL
+PLAIN, ZSTD, PARQUET = (".jsonl", ".json"), (".zst", ".zstd"), (".parquet",)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of a file.
+
+    Attributes:
+        path: the file.
+        start, stop: bytes ``[start, stop)`` of a plain one; row groups of a Parquet one; of a
+            compressed one ``[0, size)``.
+
+    """
+
+    path: Path
+    start: int
+    stop: int
+
+
+def find_files(inputs: Sequence[Path]) -> list[Path]:
+    """The files named, and in folders named all that can be read, by name.
+
+    Raises:
+        UsageError: nothing is there, or it is of no kind that is known.
+
+    """
+    known = (*PLAIN, *ZSTD, *PARQUET)
+    found: list[Path] = []
+    for place in inputs:
+        if place.is_dir():
+            inside = sorted(p for p in place.rglob("*") if p.is_file() and p.suffix in known)
+            if not inside:
+                raise UsageError(f"{place}: has no file that ends in {', '.join(known)}")
+            found += inside
+        elif not place.is_file():
+            raise UsageError(f"{place}: is not there; name a file or a folder of documents")
+        elif place.suffix not in known:
+            raise UsageError(f"{place}: ends in none of {', '.join(known)}; rename or convert it")
+        else:
+            found.append(place)
+    return found
+
+
+def units_of(path: Path) -> list[Unit]:
+    """A file's units, in order."""
+    size = path.stat().st_size
+    if path.suffix in PARQUET:
+        return [Unit(path, group, group + 1) for group in range(_parquet(path).num_row_groups)]
+    if path.suffix in ZSTD:
+        return [Unit(path, 0, size)]
+    edges = [0]
+    with open(path, "rb") as file:
+        while edges[-1] + UNIT_BYTES < size:
+            file.seek(edges[-1] + UNIT_BYTES)
+            _line(file, path)  # to its end: a line belongs to the unit that it begins in
+            if file.tell() >= size:
+                break
+            edges.append(file.tell())
+    ends = [*edges[1:], size]
+    return [Unit(path, *edge) for edge in zip(edges, ends, strict=True) if edge[0] < edge[1]]
+
+
+def documents(unit: Unit, key: str) -> Iterator[str]:
+    """The texts of a unit, in order; empty ones too.
+
+    Args:
+        unit: of a file.
+        key: the field, or column, that has the text.
+
+    Raises:
+        CheckpointError: a line is no JSON object with a text under ``key``.
+        ConfigError: the package that reads such files is not installed.
+
+    """
+    if unit.path.suffix in PARQUET:
+        yield from _rows(unit, key)
+        return
+    for place, line in _lines(unit):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"{unit.path}: is no JSON at byte {place} ({error}); mend or remove that line"
+            ) from None
+        text = found.get(key) if isinstance(found, dict) else None
+        if not isinstance(text, str):
+            raise CheckpointError(
+                f"{unit.path}: the line at byte {place} has no text under {key!r}; name the field with "
+                f"--json-key"
+            )
+        yield text
+
+
+def _lines(unit: Unit) -> Iterator[tuple[int, bytes]]:
+    """Each line and where it begins, in bytes of the file as it was before it was compressed."""
+    with open(unit.path, "rb") as raw:
+        file: Any = raw
+        if unit.path.suffix in ZSTD:
+            file = _decompressed(raw, unit.path)
+        else:
+            raw.seek(unit.start)
+        place = unit.start
+        while unit.path.suffix in ZSTD or place < unit.stop:
+            line = _line(file, unit.path)
+            if not line:
+                return
+            yield place, line
+            place += len(line)
+
+
+def _line(file: Any, path: Path) -> bytes:
+    try:
+        line: bytes = file.readline(LONGEST_LINE)
+    except Exception as error:  # zstandard has errors of its own
+        raise CheckpointError(f"{path}: cannot be decompressed ({error}); fetch it again") from None
+    if len(line) == LONGEST_LINE:
+        raise CheckpointError(f"{path}: has a line of more than {LONGEST_LINE} bytes; is it JSONL?")
+    return line
+
+
+def _decompressed(raw: Any, path: Path) -> Any:
+    if not find_spec("zstandard"):
+        raise ConfigError(
+            f"{path}: needs zstandard, which is not installed: pip install 'gptoss-convert[data]'"
+        )
+    import io
+
+    import zstandard
+
+    reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+    return io.BufferedReader(reader, 1 << 20)
+
+
+def _parquet(path: Path) -> Any:
+    if not find_spec("pyarrow"):
+        raise ConfigError(
+            f"{path}: needs pyarrow, which is not installed: pip install 'gptoss-convert[data]'"
+        )
+    from pyarrow import parquet
+
+    try:
+        return parquet.ParquetFile(path)
+    except Exception as error:
+        raise CheckpointError(f"{path}: is no Parquet file ({error}); fetch it again") from None
+
+
+def _rows(unit: Unit, key: str) -> Iterator[str]:
+    file = _parquet(unit.path)
+    if key not in file.schema_arrow.names:
+        raise CheckpointError(
+            f"{unit.path}: has no column {key!r}, only {', '.join(file.schema_arrow.names)}; name one "
+            f"with --json-key"
+        )
+    for number in range(unit.start, unit.stop):
+        for text in file.read_row_group(number, columns=[key]).column(0).to_pylist():
+            if not isinstance(text, str):
+                raise CheckpointError(
+                    f"{unit.path}: row group {number} has a row without text under {key!r}"
+                )
+            yield text
