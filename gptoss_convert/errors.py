@@ -89,6 +89,10 @@ class CheckpointError(ConvertError):
     """A checkpoint cannot be read: missing, damaged, or not what it claims to be."""
 
 
+class NoCheckpointError(CheckpointError):
+    """There is no checkpoint to look at: a name that leads nowhere, or a folder without one."""
+
+
 class ConfigError(CheckpointError):
     """A model's config lacks a field, or holds a value the conversion cannot carry."""
 

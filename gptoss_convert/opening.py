@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptoss_convert.errors import CheckpointError, ConfigError
+from gptoss_convert.errors import CheckpointError, ConfigError, NoCheckpointError
 from gptoss_convert.registry import Registry, default_registry
 from gptoss_convert.staging import require_checkpoint, unfinished
 
@@ -55,7 +55,8 @@ def open_source(
         headers_only: tensors will not be read, so a hub id need not be fetched whole.
 
     Raises:
-        CheckpointError: if there is no such checkpoint, or nothing can read it.
+        NoCheckpointError: if there is no such checkpoint.
+        CheckpointError: if nothing can read it.
 
     """
     registry = registry or default_registry()
@@ -63,7 +64,7 @@ def open_source(
     found = registry.format_of(folder, side, (choice or Choice()).format)
     if found is None:
         kinds = " or ".join(sorted(registry.formats(side)))
-        raise CheckpointError(
+        raise NoCheckpointError(
             f"{folder}: holds no checkpoint in the format {kinds}; check the path"
         )
     if not found.detect(folder):

@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptoss_convert.blockio import sync_folder
-from gptoss_convert.errors import ConvertError, IncompleteError, ResourceError, UsageError
+from gptoss_convert.errors import (
+    ConvertError,
+    IncompleteError,
+    NoCheckpointError,
+    ResourceError,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +40,7 @@ def require_checkpoint(path: Path) -> None:
         try:
             os.listdir(path)
         except OSError as error:
-            raise ConvertError(
+            raise NoCheckpointError(
                 f"{path}: cannot be read: {error.strerror}; check its permissions"
             ) from None
         return
@@ -43,7 +49,7 @@ def require_checkpoint(path: Path) -> None:
             f"{path}: its conversion did not finish; run the same command again to go on"
         )
     what = "is a file, not a checkpoint folder" if path.exists() else "does not exist"
-    raise ConvertError(f"{path}: {what}; give the folder of a checkpoint")
+    raise NoCheckpointError(f"{path}: {what}; give the folder of a checkpoint")
 
 
 def existing_parent(path: Path) -> Path:

@@ -46,6 +46,26 @@ def damaged(like: Path, folder: Path, name: str, change: Callable[[Tensor], Tens
     return put(folder, like, tensors)
 
 
+def edit_run_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    import yaml
+
+    (path,) = folder.glob("iter_*/run_config.yaml")
+    document = yaml.safe_load(path.read_text())
+    change(document["model"])
+    path.write_text(yaml.safe_dump(document))
+
+
+def edit_config(path: Path, **changes: Any) -> None:
+    """Change fields of a config.json; ``...`` takes one out."""
+    config = json.loads(path.read_bytes()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+
+def without_manifest(like: Path, folder: Path) -> Path:
+    shutil.copytree(like, folder, ignore=shutil.ignore_patterns("manifest.json"))
+    return folder
+
+
 def facts(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     assert "Traceback" not in done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
@@ -311,13 +331,8 @@ def test_what_the_config_lost(
             config["layer_types"] = ["full_attention"] * len(config["layer_types"])
         (bad / "config.json").write_text(json.dumps(config))
     else:
-        import yaml
-
         bad = Path(shutil.copytree(imported, tmp_path / "bad"))
-        (path,) = bad.glob("iter_*/run_config.yaml")
-        document = yaml.safe_load(path.read_text())
-        document["model"] |= fields
-        path.write_text(yaml.safe_dump(document))
+        edit_run_config(bad, lambda model: model.update(fields))
     done = invoke("verify", good, bad)
     assert done.returncode == MISMATCH
     assert state in done.stdout, done.stdout + done.stderr
@@ -362,6 +377,206 @@ def test_a_config_that_lost_something_by_itself(
     done = invoke("verify", bad)
     assert done.returncode == MISMATCH
     assert state in done.stdout, done.stdout
+
+
+LOST = [  # of Megatron's own config, and what a loader takes then
+    ("YaRN constants lost", "rotary_base"),
+    ("YaRN constants lost", "position_embedding_type"),
+    ("YaRN constants lost", "yarn_beta_fast"),
+    ("sinks switched off", "softmax_type"),
+    ("sliding window lost", "window_size"),
+    ("another model", "activation_func"),
+    ("another model", "activation_func_clamp_value"),
+    ("another model", "glu_linear_offset"),
+    ("another model", "gated_linear_unit"),
+    ("another model", "normalization"),
+    ("another model", "moe_router_topk"),
+    ("another model", "num_query_groups"),
+    ("another model", "share_embeddings_and_output_weights"),
+]
+
+
+@pytest.mark.parametrize(("state", "field"), LOST)
+def test_a_field_that_a_copy_of_the_config_lacks(
+    state: str, field: str, imported: Path, tmp_path: Path, invoke: Run
+) -> None:
+    bad = without_manifest(imported, tmp_path / "bad")
+    edit_run_config(bad, lambda model: model.pop(field))
+    done = invoke("verify", bad)
+    assert done.returncode == MISMATCH
+    assert f"(run_config.yaml): {state}: {field} is missing" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("normalization", "LayerNorm"),
+        ("add_bias_linear", False),
+        ("moe_router_pre_softmax", True),
+        ("rotary_percent", 0.5),
+        ("vocab_size", 4096),
+    ],
+)
+def test_a_wrong_field_of_a_copy(
+    field: str, value: object, imported: Path, tmp_path: Path, invoke: Run
+) -> None:
+    bad = without_manifest(imported, tmp_path / "bad")
+    edit_run_config(bad, lambda model: model.update({field: value}))
+    done = invoke("verify", bad)
+    assert done.returncode == MISMATCH
+    assert f"{field} is {value!r}, not " in done.stdout, done.stdout
+
+
+def test_a_copy_of_the_config_that_says_the_same_in_other_words(
+    originals: dict[str, Path], imported: Path, tmp_path: Path, invoke: Run
+) -> None:
+    """What a loader's defaults are right for, a list where a number would do, a trainer's length."""
+    good = without_manifest(imported, tmp_path / "good")
+
+    def reworded(model: dict[str, Any]) -> None:
+        for field in ("add_bias_linear", "moe_router_pre_softmax", "rotary_percent", "vocab_size"):
+            del model[field]
+        model |= {"window_attn_skip_freq": [1, 0, 1], "seq_length": 4096}
+
+    edit_run_config(good, reworded)
+    found = facts(invoke("verify", originals["bf16"], good, "--json"))
+    assert [(f["severity"], f["what"]) for f in found["findings"]] == [
+        ("warning", "seq_length is 4096, not 131072")
+    ]
+
+
+@pytest.mark.parametrize("form", ["torch_dist", "torch"])
+def test_args_that_lost_something(
+    form: str, forms: dict[str, Path], legacy: Path, tmp_path: Path, invoke: Run
+) -> None:
+    """Beside a run config that is right, or in one rank's file of ten."""
+    bad = without_manifest({**forms, "torch": legacy}[form], tmp_path / "bad")
+    path = next(bad.glob("iter_*/common.pt" if form == "torch_dist" else "iter_*/*_01_003/*.pt"))
+    stored = torch.load(path, weights_only=False)
+    del stored["args"].rotary_base
+    torch.save(stored, path)
+    done = invoke("verify", bad)
+    assert done.returncode == MISMATCH
+    assert f"{path.name}): YaRN constants lost: rotary_base is missing" in done.stdout, done.stdout
+    assert "1 error" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("state", "changes"),
+    [
+        ("sliding window lost", {"sliding_window": None}),
+        ("sliding window lost", {"sliding_window": ...}),
+        ("sliding window lost", {"sliding_window": 0}),
+        ("sliding window lost", {"layer_types": None}),
+        ("sliding window lost", {"layer_types": ...}),
+        ("YaRN constants lost", {"rope_scaling": {"rope_type": "linear", "factor": 32.0}}),
+        ("YaRN constants lost", {"rope_theta": ...}),
+    ],
+)
+def test_a_config_that_cannot_be_read_for_what_it_lost(
+    state: str, changes: dict[str, Any], originals: dict[str, Path], tmp_path: Path, invoke: Run
+) -> None:
+    bad = Path(shutil.copytree(originals["bf16"], tmp_path / "bad"))
+    edit_config(bad / "config.json", **changes)
+    done = invoke("verify", bad)
+    assert done.returncode == MISMATCH
+    assert state in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("state", "fields"),
+    [
+        ("sliding window lost", {"window_size": None}),
+        ("sliding window lost", {"window_size": [-1, -1]}),
+        ("sliding window lost", {"window_attn_skip_freq": None}),
+        ("YaRN constants lost", {"rotary_base": ...}),
+    ],
+)
+def test_the_only_copy_of_the_config(
+    state: str, fields: dict[str, Any], imported: Path, tmp_path: Path, invoke: Run
+) -> None:
+    bad = without_manifest(imported, tmp_path / "bad")
+    (iteration,) = bad.glob("iter_*")
+    (iteration / "huggingface/config.json").unlink()
+    (iteration / "common.pt").unlink()
+    edit_run_config(
+        bad,
+        lambda model: [
+            model.pop(k) if v is ... else model.update({k: v}) for k, v in fields.items()
+        ],
+    )
+    done = invoke("verify", bad)
+    assert done.returncode == MISMATCH
+    assert state in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_theta": 10000.0},
+        {"sliding_window": 131072},
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    ],
+)
+def test_unusual_constants_are_told(
+    changes: dict[str, Any], originals: dict[str, Path], tmp_path: Path, invoke: Run
+) -> None:
+    """Nothing is there to hold them against, and they may be meant."""
+    odd = Path(shutil.copytree(originals["bf16"], tmp_path / "odd"))
+    edit_config(odd / "config.json", **changes)
+    done = invoke("verify", odd)
+    assert done.returncode == 0
+    assert "not the constants of the published models" in done.stdout
+    assert "published" not in invoke("verify", originals["bf16"]).stdout
+
+
+def test_a_flipped_bit_that_hides_the_architecture(
+    imported: Path, tmp_path: Path, invoke: Run
+) -> None:
+    """What cannot be opened does not keep the manifest's finding back."""
+    bad = Path(shutil.copytree(imported, tmp_path / "bad"))
+    (path,) = bad.glob("iter_*/huggingface/config.json")
+    path.write_bytes(path.read_bytes().replace(b"GptOss", b"gptOss"))
+    done = invoke("verify", bad)
+    assert done.returncode == MISMATCH
+    assert "huggingface/config.json: is damaged" in done.stdout
+    (bad / "manifest.json").unlink()
+    assert invoke("verify", bad).returncode == 1  # nothing was found out
+
+
+def test_a_damaged_copy_of_the_config(forms: dict[str, Path], tmp_path: Path, invoke: Run) -> None:
+    bad = Path(shutil.copytree(forms["torch_dist"], tmp_path / "bad"))
+    (path,) = bad.glob("iter_*/common.pt")
+    path.write_bytes(b"junk")
+    for command in (["verify", bad], ["verify", forms["mxfp4"], bad]):
+        done = invoke(*command)
+        assert done.returncode == MISMATCH, done.stderr
+        assert "common.pt" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"vocab_size": 150}, {"num_local_experts": 7}, {"hidden_size": 96}]
+)
+@pytest.mark.parametrize("form", ["hf", "megatron"])
+def test_models_of_different_sizes(
+    form: str,
+    sizes: dict[str, int],
+    originals: dict[str, Path],
+    write_tiny: Any,
+    tmp_path: Path,
+    invoke: Run,
+) -> None:
+    other = write_tiny(tmp_path / "other", **sizes)
+    if form == "megatron":
+        import_checkpoint(other, tmp_path / "other-mg")
+        other = tmp_path / "other-mg"
+    (size,) = sizes.values()
+    for one, two in ((originals["bf16"], other), (other, originals["bf16"])):
+        found = facts(invoke("verify", one, two, "--json"))
+        named = {f["where"] for f in found["findings"] if f["what"].startswith("has shape [")}
+        assert named
+        assert all(str(size) in f["what"] for f in found["findings"])
+        assert named.isdisjoint(tensor["name"] for tensor in found["tensors"])
 
 
 def test_ghost_index_keys(originals: dict[str, Path], tmp_path: Path, invoke: Run) -> None:
@@ -475,9 +690,11 @@ def test_by_several_processes(
 
 
 def test_what_is_no_checkpoint(originals: dict[str, Path], tmp_path: Path, invoke: Run) -> None:
-    done = invoke("verify", originals["bf16"], tmp_path / "nothing")
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
+    (tmp_path / "empty").mkdir()
+    for name in (tmp_path / "nothing", "no/such", tmp_path / "empty"):
+        done = invoke("verify", originals["bf16"], name, env={"HF_HUB_OFFLINE": "1"})
+        assert done.returncode == 1, done.stdout
+        assert done.stderr.startswith("error: ")
     done = invoke("verify")
     assert done.returncode == 2
 

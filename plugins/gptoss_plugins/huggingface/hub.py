@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptoss_convert.errors import CheckpointError
+from gptoss_convert.errors import NoCheckpointError
 from gptoss_plugins.huggingface.headers import INDEX, shard_files
 from gptoss_plugins.huggingface.source import COMPANIONS
 
@@ -31,7 +31,7 @@ def fetch(name: str, revision: str | None, headers_only: bool) -> Path:
         headers_only: if the weights are not in the cache, fetch only their headers.
 
     Raises:
-        CheckpointError: there is no such repository, no permission, or no network.
+        NoCheckpointError: there is no such repository, no permission, or no network.
 
     """
     import huggingface_hub as hub
@@ -54,7 +54,7 @@ def fetch(name: str, revision: str | None, headers_only: bool) -> Path:
         return _headers(name, revision)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
+        raise NoCheckpointError(
             f"{name}: is no folder here, and the hub did not give it ({reason}); check the name, "
             f"HF_TOKEN, HF_HUB_OFFLINE and the network"
         ) from error

@@ -182,6 +182,16 @@ def read_megatron_config(folder: Path, common: Any) -> dict[str, Any] | None:
     return _from_run_config(folder / RUN_CONFIG) or fields_of(common)
 
 
+def every_config(folder: Path, objects: Mapping[str, Stored]) -> dict[str, dict[str, Any]]:
+    """The model's fields from each of those that has them, by its name."""
+    common = fields_of(read_common(folder, objects))
+    found = {
+        RUN_CONFIG: _from_run_config(folder / RUN_CONFIG),
+        f"args in {common_place(folder, objects)}": common,
+    }
+    return {place: fields for place, fields in found.items() if fields is not None}
+
+
 def read_common(folder: Path, objects: Mapping[str, Stored]) -> Any:
     """The common state, wherever the version that wrote it keeps it; None if there is none."""
     path = folder / COMMON
@@ -237,4 +247,10 @@ def fields_of(common: Any) -> dict[str, Any] | None:
     if "untie_embeddings_and_output_weights" in fields:
         tied = not fields["untie_embeddings_and_output_weights"]
         fields.setdefault("share_embeddings_and_output_weights", tied)
+    if "quick_geglu" in fields:  # and not the function's name
+        quick, swiglu = bool(fields["quick_geglu"]), bool(fields.get("swiglu"))
+        fields.setdefault(
+            "activation_func", "quick_gelu" if quick else "silu" if swiglu else "gelu"
+        )
+        fields.setdefault("gated_linear_unit", quick or swiglu)
     return fields

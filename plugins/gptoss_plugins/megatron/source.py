@@ -128,6 +128,11 @@ class TorchDistSource:
         common = sidecars.read_common(self.iteration, self.contents.objects)
         return sidecars.read_megatron_config(self.iteration, common)
 
+    @property
+    def megatron_configs(self) -> Mapping[str, Config]:
+        """The same from each of these places, by its name."""
+        return sidecars.every_config(self.iteration, self.contents.objects)
+
     def describe(self) -> Mapping[str, Any]:
         """Iteration, how layers are keyed, how many chunks and objects, training state."""
         tensors, objects = self.contents.tensors, self.contents.objects

@@ -101,17 +101,17 @@ def verify(
         raise click.UsageError("--logits compares two checkpoints; name a second one")
     paths = (first, second) if second else (first,)
     report = Report(paths, tolerance=tolerance)
-    reference = None
-    if hf_model:
-        reference = open_source(
-            hf_model, "hf", registry=registry, revision=hf_revision, headers_only=True
-        ).config
     crew, is_whole = current_crew(), True
     if logits and crew.size > 1:
         raise click.UsageError("--logits runs in one process; on several there is roundtrip")
     alone = second is None and values is not False and Path(first).is_dir()
     if alone and crew.rank == 0:
         check_bytes(first, report, workers=workers, show=not no_progress)
+    reference = None
+    if hf_model:
+        reference = open_source(
+            hf_model, "hf", registry=registry, revision=hf_revision, headers_only=True
+        ).config
     opened = open_both(paths, registry, choice, report, reference=reference, revision=hf_revision)
     report.formats = [one.format for one in opened]
     wanted = bool(second) if values is None else values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from gptoss_convert.crew import current_crew
 from gptoss_convert.damage import check_manifest
-from gptoss_convert.errors import ConvertError, PlanError, PluginError
+from gptoss_convert.errors import ConvertError, NoCheckpointError, PlanError, PluginError
 from gptoss_convert.logical import Logical, open_logical
 from gptoss_convert.manifest import MANIFEST, read_manifest, root_of
-from gptoss_convert.opening import looks_like_an_id
 from gptoss_convert.progress import reporting
 from gptoss_convert.types import Finding
-from gptoss_plugins.huggingface.headers import INDEX
+from gptoss_plugins.verify.naming import broken, problem
 from gptoss_plugins.verify.shares import together
 from gptoss_plugins.verify.values import Values, compare_values
 
@@ -29,8 +27,6 @@ if TYPE_CHECKING:
     from gptoss_convert.types import Config
 
 SCHEMA = "gptoss-convert.verify/1"
-_SHAPES = re.compile(r"has shape \[([\d, ]+)\] where the config asks for \[([\d, ]+)\]")
-_MAKE_AGAIN = "make the checkpoint again, or fetch it again"
 
 
 @dataclass
@@ -62,6 +58,14 @@ class Report:
     def is_sound(self) -> bool:
         """Whether nothing is wrong."""
         return not any(finding.severity == "error" for finding in self.findings)
+
+    def take(self, path: str, error: ConvertError) -> None:
+        """Note an error that left nothing to look at, if something is known to be wrong already:
+        a damaged file may be why. Otherwise it is raised, for then nothing was found out.
+        """
+        if self.is_sound:
+            raise error
+        self.findings += _found(path, error)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; the schema is described in docs/json.md."""
@@ -103,7 +107,8 @@ def open_both(
     """The checkpoints that can be looked into; what is wrong with the others is a finding.
 
     Raises:
-        ConvertError: there is nothing by that name.
+        NoCheckpointError: there is none by that name.
+        PluginError: no plugin can look into it, or several would.
 
     """
     names, opened = list(paths), dict[int, Logical]()
@@ -114,14 +119,10 @@ def open_both(
             opened[number] = open_logical(
                 path, registry, choice, config=reference or lent, revision=revision
             )
-        except PlanError as error:
-            report.findings += [_problem(path, problem) for problem in error.problems]
-        except PluginError:
-            raise
+        except (NoCheckpointError, PluginError) as error:
+            report.take(path, error)
         except ConvertError as error:
-            if not Path(path).is_dir() and not looks_like_an_id(path):
-                raise
-            report.findings.append(_broken(path, str(error)))
+            report.findings += _found(path, error)
     return [opened[number] for number in sorted(opened)]
 
 
@@ -145,7 +146,7 @@ def check_bytes(path: str, report: Report, *, workers: int | None, show: bool) -
             report.findings += check_manifest(root, workers=workers, progress=progress)
         report.files = len(files)
     except ConvertError as error:
-        report.findings.append(_broken(str(root), str(error)))
+        report.findings.append(broken(str(root), str(error)))
     report.seconds += time.monotonic() - started
 
 
@@ -171,7 +172,10 @@ def check(
     for one in checkpoints:
         report.findings += _complete(one)
     for validator in (v for v in validators if v.stage == "model"):
-        report.findings += validator.check(first, second)
+        try:
+            report.findings += validator.check(first, second)
+        except ConvertError as error:  # a file that is read only now
+            report.findings += _found(" and ".join(report.paths), error)
     if values:
         crew = current_crew()
         share = compare_values(
@@ -187,37 +191,21 @@ def check(
     return values or current_crew().rank == 0
 
 
+def _found(path: str, error: ConvertError) -> list[Finding]:
+    """What an error says, as findings."""
+    if isinstance(error, PlanError):
+        return [problem(path, text) for text in error.problems]
+    return [broken(path, str(error))]
+
+
 def _complete(of: Logical) -> Iterator[Finding]:
     """Everything that the table names is there, and nothing else."""
+    path = str(of.source.path)
     try:
         of.source.check()
-    except PlanError as error:
-        yield from (_problem(str(of.source.path), problem) for problem in error.problems)
-    yield from (_problem(str(of.source.path), problem) for problem in of.problems)
-
-
-def _problem(path: str, problem: str) -> Finding:
-    """A sentence ``<what>: <is wrong>; <remedy>`` as a finding."""
-    what, _, remedy = problem.partition("; ")
-    if f"where {INDEX} places it" in problem:
-        what = f"ghost index keys: {what}"
-    if (found := _SHAPES.search(what)) and _are_transposed(*found.groups()):
-        name = what.partition(":")[0].rsplit(".", 1)[-1]
-        what = f"transposed {name}: {what}"
-    return Finding("error", path, what, remedy or _MAKE_AGAIN)
-
-
-def _are_transposed(one: str, two: str) -> bool:
-    """Whether two shapes, as they are printed, have their last two sizes swapped."""
-    first, second = (shape.split(", ") for shape in (one, two))
-    return len(first) > 1 and first[-2:] == second[:-3:-1] and first != second
-
-
-def _broken(path: str, text: str) -> Finding:
-    what, _, remedy = text.removeprefix(f"{path}: ").partition("; ")
-    if "YaRN" in what or "yarn_" in what or "RoPE" in what:
-        what = f"YaRN constants lost: {what}"
-    return Finding("error", path, what, remedy or _MAKE_AGAIN)
+    except ConvertError as error:
+        yield from _found(path, error)
+    yield from (problem(path, text) for text in of.problems)
 
 
 def _different(values: Values, tolerance: float) -> Iterator[Finding]:

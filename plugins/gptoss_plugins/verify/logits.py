@@ -156,10 +156,16 @@ def check_logits(
     """Run both models one after the other, and add to a report how far apart they are."""
     if any(one.problems for one in (first, second)):
         return  # no model could be built, and the report says why
+    if first.fields["vocab_size"] != second.fields["vocab_size"]:
+        return  # likewise, why logits cannot be compared
     kind = precision(dtype, device)
     started = time.monotonic()
     ids = prompt(min(one.fields["vocab_size"] for one in (first, second)), length)
-    made = [logits_of(one, ids, registry, dtype=kind, device=device) for one in (first, second)]
+    try:
+        made = [logits_of(one, ids, registry, dtype=kind, device=device) for one in (first, second)]
+    except ConvertError as error:
+        report.take("logits", error)
+        return
     most = LIMITS[kind] if limit is None else limit
     found = compare_logits(*made)
     report.logits = {"dtype": str(kind).removeprefix("torch."), "limit": most, **found}

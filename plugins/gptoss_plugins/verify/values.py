@@ -111,12 +111,11 @@ def compare_values(
 
 
 def _pairs(first: Logical, second: Logical | None) -> Iterator[tuple[Key, Step, Step | None]]:
-    """The steps that are compared."""
+    """The steps that are compared: those of both whose tensors have the same shapes."""
     for key, step in first.steps.items():
-        if second is None:
-            yield key, step, None
-        elif key in second.steps:
-            yield key, step, second.steps[key]
+        other = second.steps.get(key) if second else None
+        if second is None or (other and shapes_of(key, step) == shapes_of(key, other)):
+            yield key, step, other
 
 
 def _jobs(key: Key, one: Step, two: Step | None) -> list[tuple[Key, Piece, Piece | None]]:

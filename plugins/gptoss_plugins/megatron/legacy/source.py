@@ -98,6 +98,14 @@ class LegacySource:
         """From Megatron-LM's ``args``."""
         return sidecars.fields_of(next(iter(self.grid.files.values())).common)
 
+    @property
+    def megatron_configs(self) -> Mapping[str, Config]:
+        """The same from every rank's file, by its name."""
+        files = self.grid.files.values()
+        found = {f"args in {f.path.parent.name}/{f.path.name}": f.common for f in files}
+        read = {place: sidecars.fields_of(common) for place, common in found.items()}
+        return {place: fields for place, fields in read.items() if fields is not None}
+
     @cached_property
     def _dialect(self) -> str:
         return dialect_of(
