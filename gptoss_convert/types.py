@@ -423,7 +423,9 @@ class Recipe:
     Attributes:
         name: such as ``gpt_oss_20b_sft_config``.
         summary: one line for listings.
-        build: keyword overrides -> configuration as plain JSON values.
+        build: keyword arguments -> configuration as plain JSON values. Parameters that it names
+            can be given on the command line, as ``peft=null``. For ``train`` the configuration is
+            sections of fields, such as ``{"train": {"train_iters": 100}}`` (docs/recipes.md).
 
     """
 

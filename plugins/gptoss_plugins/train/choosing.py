@@ -1,0 +1,86 @@
+"""From what a command line says to a config: a recipe's name or a YAML file, then overrides."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import TYPE_CHECKING
+
+from gptoss_convert.errors import UsageError, blame
+from gptoss_plugins.train.files import from_yaml
+from gptoss_plugins.train.overrides import override, split
+from gptoss_plugins.train.plain import from_plain
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from gptoss_convert.types import Recipe
+    from gptoss_plugins.train.config import TrainingConfig
+
+
+def chosen(
+    recipes: Mapping[str, Recipe], name: str | None, file: Path | None, words: Sequence[str]
+) -> TrainingConfig:
+    """The config of a recipe, or of a file, with overrides applied; not checked.
+
+    Args:
+        recipes: by name, as ``Registry.recipes`` has them.
+        name: of one of them; ``gpt_oss_`` before it and ``_config`` behind may be left out.
+        file: a config in YAML, in place of a recipe.
+        words: overrides; those that name a parameter of the recipe (``peft`` of the ``finetune``
+            recipes) go to it.
+
+    Raises:
+        UsageError: there is not one of the two, or what it names is not there, or does not fit.
+
+    """
+    if (name is None) == (file is None):
+        raise UsageError(
+            "name a recipe or a file, one of the two; `gptoss-convert recipes` lists them"
+        )
+    if file is not None:
+        return override(from_yaml(file), words)
+    recipe = find(recipes, str(name))
+    known = inspect.signature(recipe.build).parameters.values()
+    takes = {one.name for one in known if one.kind is not one.VAR_KEYWORD}
+    pairs = {word: split(word) for word in words}
+    arguments = dict(pair for pair in pairs.values() if pair[0] in takes)
+    rest = [word for word, pair in pairs.items() if pair[0] not in takes]
+    return override(config_of(recipe, **arguments), rest)
+
+
+def config_of(recipe: Recipe, **arguments: object) -> TrainingConfig:
+    """What a recipe builds, typed.
+
+    Raises:
+        UsageError: it is no training config.
+        PluginError: it failed.
+
+    """
+    with blame(f"recipe {recipe.name!r}"):
+        built = recipe.build(**arguments)
+    try:
+        return from_plain(built)
+    except UsageError as error:
+        raise UsageError(f"recipe {recipe.name}: {error}") from None
+
+
+def find(recipes: Mapping[str, Recipe], name: str) -> Recipe:
+    """A recipe by its name, or by the part of it that tells it from others.
+
+    Raises:
+        UsageError: there is none, with the closest.
+
+    """
+    for one in (name, f"gpt_oss_{name}", f"{name}_config", f"gpt_oss_{name}_config"):
+        if one in recipes:
+            return recipes[one]
+    short = {_core(one): one for one in recipes}
+    near = difflib.get_close_matches(_core(name), short, 1)
+    hint = f"did you mean {short[near[0]]}? " if near else ""
+    raise UsageError(f"{name}: there is no such recipe; {hint}`gptoss-convert recipes` lists them")
+
+
+def _core(name: str) -> str:
+    return name.removeprefix("gpt_oss_").removesuffix("_config")
