@@ -131,8 +131,12 @@ def build_live(
     registry: Registry,
     place: torch.device,
     dtype: torch.dtype,
+    *,
+    training: bool = False,
+    random_weights: bool = False,
+    overrides: Mapping[str, Any] | None = None,
 ) -> LiveModel:
-    """Build this rank's part of a model; its weights are undefined until they are loaded.
+    """Build this rank's part of a model.
 
     Args:
         fields: the model in Megatron's names.
@@ -140,6 +144,9 @@ def build_live(
         registry: the plugins, for how the layout cuts.
         place: this rank's device.
         dtype: of the model.
+        training: leave logits cut along the vocabulary, and with TP activations along the sequence.
+        random_weights: draw weights; they are undefined until they are loaded, otherwise.
+        overrides: further fields of megatron-core's config.
 
     Raises:
         ConvertError: the layout does not divide the model.
@@ -151,6 +158,7 @@ def build_live(
     overrides = {
         "num_layers_in_first_pipeline_stage": layout.first,
         "num_layers_in_last_pipeline_stage": layout.last,
+        **(overrides or {}),
     }
     fields = {**fields, "vocab_size": layout.padded(fields["vocab_size"])}
     built = [
@@ -158,6 +166,9 @@ def build_live(
             fields,
             dtype=dtype,
             device=place,
+            sequence_parallel=training and layout.tp > 1,
+            parallel_output=training,
+            random_weights=random_weights,
             vp_stage=chunk.number if layout.vpp > 1 else None,
             overrides=overrides,
         )

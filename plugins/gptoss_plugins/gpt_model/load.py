@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from gptoss_convert.errors import CheckpointError, PlanError
 from gptoss_plugins.gpt_model.own_pickles import with_own_pickles
 from gptoss_plugins.megatron.folder import MARK, iteration_folder
+from gptoss_plugins.megatron.keys import OPTIMIZER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -105,5 +106,5 @@ def _misfits(mine: Shapes, stored: Shapes) -> Iterator[str]:
 
 def _strangers(stored: Shapes, known: set[str]) -> Iterator[str]:
     for key in stored:
-        if key not in known and not key.endswith(_SECOND_NAME):
+        if key not in known and not key.endswith(_SECOND_NAME) and not key.startswith(OPTIMIZER):
             yield f"{key}: the model has no such tensor; build it from the same config"

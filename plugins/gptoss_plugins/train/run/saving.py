@@ -1,0 +1,210 @@
+"""Checkpoints of a run: ``torch_dist`` folders that every command takes as they are, and back.
+
+A folder is written under a name of its own and put in place by one rename, before the tracker names it:
+a save that fails never harms the last good one. What is no tensor is JSON, so going on from a
+checkpoint of somebody else's runs nothing of theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+
+from gptoss_convert.blockio import sync_folder, write_note
+from gptoss_convert.errors import CheckpointError
+from gptoss_convert.untrusted import read_small
+from gptoss_plugins.gpt_model.own_pickles import with_own_pickles
+from gptoss_plugins.megatron.folder import TRACKER, companion_place, folder_of, iteration_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from gptoss_plugins.train.run.trainee import Trainee
+
+STATE = "gptoss_train_state.json"
+_MOST_STATE = 1 << 20  # bytes
+_CONTENT = {"singleton_local_shards": False}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        step: optimizer steps done.
+        samples: sequences learned from; where in the data the run goes on.
+
+    """
+
+    step: int = 0
+    samples: int = 0
+
+
+class _PlainSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]  # megatron-core is untyped
+    """megatron-core's own, without the CUDA calls and the helper processes."""
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
+        """Write all tensors of this rank."""
+        keys, _, _ = _replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, self.keep_only_main_replica
+        )
+        dcp.save(
+            mcore_to_pyt_state_dict(keys, False),
+            storage_writer=dcp.FileSystemWriter(
+                checkpoint_dir, thread_count=1, per_thread_copy_ahead=0
+            ),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+
+
+def save(
+    root: Path,
+    trainee: Trainee,
+    progress: Progress,
+    files: Mapping[str, bytes],
+    *,
+    with_optimizer: bool,
+    keep: int,
+) -> Path:
+    """Write a checkpoint. All ranks call this together.
+
+    Args:
+        root: folder of all of the run's checkpoints.
+        trainee: what to save.
+        progress: how far it is.
+        files: companions of the model (config.json, tokenizer): name -> bytes.
+        with_optimizer: whether its state is saved.
+        keep: how many of the newest checkpoints stay; all if -1.
+
+    """
+    target = root / folder_of(progress.step)
+    half = root / f".{target.name}.part"
+    if dist.get_rank() == 0:
+        for old in (half, target):
+            shutil.rmtree(old, ignore_errors=True)
+        half.mkdir(parents=True)
+    dist.barrier()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dist_checkpointing.save(
+            _state(trainee, with_optimizer=with_optimizer),
+            str(half),
+            sharded_strategy=_PlainSave("torch_dist", 1),
+            content_metadata=_CONTENT,
+        )
+    dist.barrier()
+    if dist.get_rank() == 0:
+        for name, data in files.items():
+            write_note(half / companion_place(name), data)
+        state = {**asdict(progress), "scheduler": trainee.scheduler.num_steps}
+        write_note(half / STATE, json.dumps(state).encode())
+        half.rename(target)
+        sync_folder(root)
+        write_note(root / TRACKER, f"{progress.step}\n".encode())
+        _remove_old(root, target, keep)
+    dist.barrier()
+    return target
+
+
+def _remove_old(root: Path, newest: Path, keep: int) -> None:
+    found = sorted(p for p in root.glob("iter_*") if p.is_dir() and p <= newest)
+    for path in found[:-keep] if keep > 0 else ():
+        shutil.rmtree(path)
+
+
+def last_checkpoint(root: Path | None, step: int | None = None) -> Path | None:
+    """The checkpoint to go on from; None if there is none."""
+    if root is None or not root.is_dir():
+        return None
+    found = root / folder_of(step) if step is not None else iteration_folder(root)
+    if step is not None and not (found and found.is_dir()):
+        raise CheckpointError(f"{found}: is not there; checkpoint.ckpt_step names no checkpoint")
+    return found
+
+
+def resume(folder: Path, trainee: Trainee, *, with_optimizer: bool) -> Progress:
+    """Take everything up again, in whatever layout it was saved. All ranks call this together.
+
+    Raises:
+        CheckpointError: it is no checkpoint of a run, or a damaged one.
+
+    """
+    try:
+        found = json.loads(read_small(folder / STATE, _MOST_STATE))
+        progress = Progress(int(found["step"]), int(found["samples"]))
+        steps = int(found["scheduler"])
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder}: has no {STATE}, so no run can go on from it; start from its weights with "
+            f"checkpoint.pretrained_checkpoint"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / STATE}: is damaged ({error}); use another one") from None
+    wanted = _state(trainee, with_optimizer=with_optimizer, loading=True)
+    _only_tensors(wanted)
+    with with_own_pickles(folder) as copy, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = dist_checkpointing.load(wanted, str(copy))
+    for number, model in enumerate(trainee.live.models):
+        extra = {name: None for name in model.state_dict() if name.endswith("._extra_state")}
+        model.load_state_dict(extra | loaded[f"model{number}"], strict=True)
+    if with_optimizer:
+        state = _merged(wanted["optimizer"], loaded["optimizer"])
+        for part in [state] if "state" in state else state.values():
+            part["state"]["common_step"] = torch.tensor(float(progress.step))
+        trainee.optimizer.load_state_dict(state)
+    else:
+        trainee.optimizer.reload_model_params()
+    trainee.scheduler.step(increment=steps)
+    return progress
+
+
+def _state(trainee: Trainee, *, with_optimizer: bool, loading: bool = False) -> dict[str, Any]:
+    replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    metadata = {**_CONTENT, "dp_cp_group": replicas}
+    state: dict[str, Any] = {
+        f"model{number}": model.sharded_state_dict(metadata=metadata)
+        for number, model in enumerate(trainee.live.models)
+    }
+    if with_optimizer:
+        models = state if len(trainee.live.models) > 1 else state["model0"]
+        state["optimizer"] = trainee.optimizer.sharded_state_dict(models, is_loading=loading)
+    return state
+
+
+def _merged(own: Any, loaded: Any) -> Any:
+    """What was loaded, and of what is no tensor (names and rates of parameter groups) our own: the
+    checkpoint's is a pickle, and says the same.
+    """
+    if isinstance(own, dict) and isinstance(loaded, dict):
+        return {
+            key: _merged(own.get(key), loaded.get(key)) for key in [*own, *(loaded.keys() - own)]
+        }
+    if isinstance(own, list) and isinstance(loaded, list) and len(own) == len(loaded):
+        return [_merged(*pair) for pair in zip(own, loaded, strict=True)]
+    return own if loaded is None else loaded
+
+
+def _only_tensors(state: dict[str, Any]) -> None:
+    """Leave out the extra states: this model has none."""
+    for key, value in list(state.items()):
+        if isinstance(value, ShardedObject) and "._extra_state" in value.key:
+            del state[key]
+        elif isinstance(value, dict):
+            _only_tensors(value)

@@ -1,0 +1,166 @@
+"""This rank's part of what is trained: model chunks, gradients, optimizer, schedule of the rates.
+
+Parallelism is megatron-core's: its DistributedDataParallel, optimizer and schedules. On a CPU its
+optimizer takes float32 only, and cannot clip: see ``clipping.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+
+from gptoss_plugins.gpt_model.live import build_live
+from gptoss_plugins.train.architecture import megatron_fields
+from gptoss_plugins.train.ranks import layout_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from gptoss_convert.registry import Registry
+    from gptoss_plugins.gpt_model.live import LiveModel
+    from gptoss_plugins.train.config import TrainingConfig
+
+# Ours -> megatron-core's, where the model's own config says it.
+_RECOMPUTE = ("granularity", "method", "num_layers", "modules")
+
+
+@dataclass
+class Trainee:
+    """What a step changes.
+
+    Attributes:
+        live: the model, as loading and saving see it.
+        chunks: its modules, wrapped for training.
+        optimizer: megatron-core's.
+        scheduler: moves learning rate and weight decay, a step at a time.
+        clips: largest norm of the gradients that we see to; 0 where megatron-core does.
+        dtype: of the weights that compute.
+
+    """
+
+    live: LiveModel
+    chunks: list[Any]
+    optimizer: Any
+    scheduler: Any
+    clips: float
+    dtype: torch.dtype
+
+
+def build_trainee(
+    config: TrainingConfig, registry: Registry, place: torch.device, *, random_weights: bool
+) -> Trainee:
+    """Build everything, with random weights or undefined ones, which are to be loaded."""
+    dtype = torch.bfloat16 if config.mixed_precision.bf16 else torch.float32
+    live = build_live(
+        megatron_fields(config.model),
+        layout_of(config.model),
+        registry,
+        place,
+        dtype,
+        training=True,
+        random_weights=random_weights,
+        overrides=_recompute(config),
+    )
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=config.ddp.grad_reduce_in_fp32,
+        overlap_grad_reduce=config.ddp.overlap_grad_reduce,
+        use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
+        check_for_nan_in_grad=config.ddp.check_for_nan_in_grad,
+        bucket_size=config.ddp.bucket_size,
+        average_in_collective=config.ddp.average_in_collective,
+    )
+    chunks = []
+    for number, model in enumerate(live.models):
+        model.config.finalize_model_grads_func = finalize_model_grads
+        model.config.calculate_per_token_loss = config.model.calculate_per_token_loss
+        inner = Float16Module(model.config, model) if config.mixed_precision.bf16 else model
+        chunks.append(
+            DistributedDataParallel(
+                config=model.config, ddp_config=ddp, module=inner, disable_bucketing=number > 0
+            )
+        )
+    clips = config.optimizer.clip_grad if place.type == "cpu" else 0.0
+    optimizer = get_megatron_optimizer(_optimizer(config, dtype, clips), chunks)
+    if place.type == "cuda":
+        for model in live.models:
+            model.config.grad_scale_func = optimizer.scale_loss
+    return Trainee(live, chunks, optimizer, _scheduler(config, optimizer), clips, dtype)
+
+
+def _recompute(config: TrainingConfig) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in _RECOMPUTE:
+        value = getattr(config.model, f"recompute_{name}")
+        if value is not None:
+            found[f"recompute_{name}"] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def _optimizer(config: TrainingConfig, dtype: torch.dtype, clips: float) -> OptimizerConfig:
+    own = config.optimizer
+    return OptimizerConfig(
+        optimizer=own.optimizer,
+        lr=own.lr,
+        min_lr=own.min_lr,
+        weight_decay=own.weight_decay,
+        adam_beta1=own.adam_beta1,
+        adam_beta2=own.adam_beta2,
+        adam_eps=own.adam_eps,
+        sgd_momentum=own.sgd_momentum,
+        clip_grad=0.0 if clips else own.clip_grad,
+        use_distributed_optimizer=own.use_distributed_optimizer,
+        overlap_param_gather=config.ddp.overlap_param_gather,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+    )
+
+
+def _scheduler(config: TrainingConfig, optimizer: Any) -> OptimizerParamScheduler:
+    rates, own, iters = config.scheduler, config.optimizer, config.train.train_iters
+    decay = {"start": rates.start_weight_decay, "end": rates.end_weight_decay}
+    weights = {k: own.weight_decay if v is None else v for k, v in decay.items()}
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=rates.lr_warmup_init,
+        max_lr=own.lr,
+        min_lr=own.min_lr,
+        lr_warmup_steps=rates.lr_warmup_iters,
+        lr_decay_steps=rates.lr_decay_iters or iters,
+        lr_decay_style=rates.lr_decay_style,
+        start_wd=weights["start"],
+        end_wd=weights["end"],
+        wd_incr_steps=iters,
+        wd_incr_style=rates.weight_decay_incr_style,
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+        wsd_decay_steps=rates.lr_wsd_decay_iters,
+        lr_wsd_decay_style=rates.lr_wsd_decay_style,
+    )
+
+
+def rates(trainee: Trainee) -> Mapping[str, float]:
+    """The learning rate and the weight decay of the coming step."""
+    groups = trainee.optimizer.param_groups
+    return {
+        "lr": max(float(group["lr"]) for group in groups),
+        "weight_decay": max(float(group["weight_decay"]) for group in groups),
+    }
+
+
+def data_rank() -> tuple[int, int]:
+    """This rank's number among those that see different sequences, and how many there are."""
+    return (
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+    )
