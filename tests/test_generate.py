@@ -247,6 +247,16 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "no gpu": (["--hf-model", "{bf16}", "--prompt", "x", "--device", "cuda"], "finds no GPU"),
     "no world": (["--hf-model", "{bf16}", "--prompt", "x", "--tp", "2"], "needs 2 processes"),
     "empty prompt": (["--hf-model", "{bf16}", "--prompt", ""], "is empty"),
+    "no number": (
+        ["--hf-model", "{bf16}", "--prompt", "x", "--temperature", "nan"],
+        "is no number",
+    ),
+    "empty stop": (["--hf-model", "{bf16}", "--prompt", "x", "--stop", ""], "--stop is empty"),
+    "effort alone": (
+        ["--hf-model", "{bf16}", "--prompt", "x", "--reasoning", "high"],
+        "--reasoning is for conversations",
+    ),
+    "a folder of prompts": (["--hf-model", "{bf16}", "--prompt-file", "{bf16}"], "bf16"),
     "top-k alone": (["--hf-model", "{bf16}", "--prompt", "x", "--top-k", "5"], "--temperature"),
     "no tokenizer": (["--hf-model", "{silent}", "--prompt", "x"], "tokenizer.json"),
     "no file": (["--hf-model", "{bf16}", "--prompt-file", "/nowhere"], "/nowhere"),
@@ -265,6 +275,64 @@ def test_bad_input_is_one_sentence(case: str, folders: dict[str, Path], invoke: 
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize("draw", [[], ["--temperature", "1"]])
+def test_logits_that_are_no_numbers(
+    draw: list[str], folders: dict[str, Path], tmp_path: Path, invoke: Run
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folders["bf16"], tmp_path / "hf")
+    (path,) = [
+        p for p in (tmp_path / "hf").glob("*.safetensors") if "model.norm.weight" in load_file(p)
+    ]
+    tensors = load_file(path)
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    done = invoke("generate", "--hf-model", tmp_path / "hf", "--prompt", "x", *draw)
+    assert done.returncode == 1
+    assert "logits are NaN or infinite" in done.stderr
+
+
+def test_a_stop_text_in_harmony(folders: dict[str, Path], invoke: Run) -> None:
+    """It is looked for in messages, not between them, and cuts text, messages and screen alike."""
+    command = command_of(folders, "bf16", ["hello"], "--chat", "--max-new-tokens", "40")
+    (whole,) = results(invoke(*command))
+    said = whole["messages"][0]["content"]
+    stop = said[len(said) // 2 : len(said) // 2 + 3]
+    (row,) = results(invoke(*command, "--stop", stop))
+    assert row["messages"][-1]["content"] == said[: said.index(stop)]
+    assert row["reason"] == "text"
+    shown = invoke(*(part for part in command if part != "--json"), "--stop", stop).stdout
+    assert shown.endswith(said[: said.index(stop)] + "\n")
+
+
+def test_a_bad_turn_does_not_end_a_conversation(
+    folders: dict[str, Path], tmp_path: Path, invoke: Run
+) -> None:
+    command = ["chat", *source_of(folders, "torch_dist"), "--max-new-tokens", "5"]
+    turns = "hello\n" + "x" * 140_000 + "\nto you\n"
+    done = invoke(*command, "--save", tmp_path / "said.jsonl", input=turns)
+    assert done.returncode == 0, done.stderr
+    assert "takes 131072 at most" in done.stderr
+    said = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    assert [line["content"] for line in said if line["role"] == "user"] == ["hello", "to you"]
+
+
+def test_prompts_from_standard_input(folders: dict[str, Path]) -> None:
+    """On two ranks: the first one reads, the other hears of it."""
+    command = ["generate", *source_of(folders, "torch_dist"), "--prompt-file", "-", "--tp", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, "-m", "gptoss_convert", *map(str, command), "--max-new-tokens", "3", "--json"],
+        input="hello\u2028you\nto\r\n",
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert [row["prompt"] for row in results(done)] == ["hello\u2028you", "to"]
+
+
 def test_another_models_tokenizer(
     folders: dict[str, Path], write_tiny: Any, tmp_path: Path, invoke: Run
 ) -> None:
@@ -273,3 +341,5 @@ def test_another_models_tokenizer(
     done = invoke("generate", "--hf-model", made, "--tokenizer", place, "--prompt", "<|call|>")
     assert done.returncode == 2
     assert "another model's tokenizer" in done.stderr
+    done = invoke("generate", "--hf-model", made, "--tokenizer", place, "--prompt", "a")
+    assert "is it another model's?" in done.stderr

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
 from gptoss_plugins.gpt_model.config import GptOssConfig, make_config
 from gptoss_plugins.gpt_model.dialects import rename_norms
@@ -33,6 +34,15 @@ __all__ = [
     "load_checkpoint",
     "shut_down_parallel",
 ]
+
+
+_CUTS = {
+    "word_embeddings.weight": 0,
+    "output_layer.weight": 0,
+    "linear_qkv.weight": 0,
+    "linear_qkv.bias": 0,
+    "linear_proj.weight": 1,
+}
 
 
 class GptOssModel(GPTModel):  # type: ignore[misc]  # megatron-core is untyped
@@ -98,8 +108,21 @@ def build_gpt_model(
         vp_stage=vp_stage,
         **_pipeline_ends(vp_stage),
     )
+    _mark_cuts(model)
     moved: GptOssModel = model.to(device=device, dtype=dtype)
     return moved
+
+
+def _mark_cuts(model: GptOssModel) -> None:
+    """Say of every parameter that tensor parallelism cuts along which dim it does.
+
+    megatron-core says so as it draws weights, and so not of weights that are to be loaded. Gradient
+    norms would then leave out the parts of all ranks but the first.
+    """
+    for name, parameter in model.named_parameters():
+        dim = next((d for end, d in _CUTS.items() if name.endswith(end)), None)
+        if dim is not None and not getattr(parameter, "tensor_model_parallel", False):
+            set_tensor_model_parallel_attributes(parameter, True, dim, 1)
 
 
 def _pipeline_ends(vp_stage: int | None) -> dict[str, bool]:

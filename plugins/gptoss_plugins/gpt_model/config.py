@@ -163,14 +163,17 @@ def make_config(
     """
     if problems := [*_missing(fields), *_contradictions(fields)]:
         raise ConfigError("Megatron config: " + "; ".join(problems))
-    config = GptOssConfig(
-        **(
-            _model_fields(fields)
-            | _machine_fields(dtype, device)
-            | {"sequence_parallel": sequence_parallel, "perform_initialization": random_weights}
-            | dict(overrides or {})
+    try:
+        config = GptOssConfig(
+            **(
+                _model_fields(fields)
+                | _machine_fields(dtype, device)
+                | {"sequence_parallel": sequence_parallel, "perform_initialization": random_weights}
+                | dict(overrides or {})
+            )
         )
-    )
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"megatron-core does not build this model: {error}") from error
     if problems := [*_windows(config), *_remainders(config)]:
         raise ConfigError("Megatron config: " + "; ".join(problems))
     return config

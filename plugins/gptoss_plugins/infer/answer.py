@@ -1,4 +1,4 @@
-"""The text of an answer as it grows: complete characters only, and nothing of a text that ends it."""
+"""The text of an answer as it grows, and nothing of a text that ends it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gptoss_plugins.infer.tokenizer import Tokenizer
-
 
 class Answer:
     """Of one sequence.
 
     Args:
-        tokenizer: of the model.
         stops: texts, any of which ends the answer and is no part of it.
 
     Attributes:
@@ -23,27 +20,14 @@ class Answer:
 
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+    def __init__(self, stops: Sequence[str] = ()) -> None:
         self.text = ""
         self.has_ended = False
-        self._stops = [stop for stop in stops if stop]
-        self._stream = tokenizer.stream()
+        self._stops = stops
         self._held = ""  # the end of the text so far, which may be the beginning of a stop
 
-    def push(self, token: int) -> str:
-        """What one more token adds to the text that may be shown."""
-        return self._grow(self._stream.push(token))
-
-    def finish(self) -> str:
-        """What was held back, now that nothing follows."""
-        added = self._grow(self._stream.finish())
-        if self.has_ended:
-            return added
-        held, self._held = self._held, ""
-        self.text += held
-        return added + held
-
-    def _grow(self, new: str) -> str:
+    def push(self, new: str) -> str:
+        """What more text adds to that which may be shown."""
         if self.has_ended:
             return ""
         self._held += new
@@ -57,6 +41,12 @@ class Answer:
         self._held = self._held[len(self._held) - keep :] if keep else ""
         self.text += shown
         return shown
+
+    def finish(self) -> str:
+        """What was held back, now that nothing follows."""
+        held, self._held = self._held, ""
+        self.text += held
+        return held
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import click
 
 from gptoss_convert.errors import UsageError
 from gptoss_convert.program import choice_of, layout_of, registry_of
-from gptoss_plugins.infer.channels import Channels
 from gptoss_plugins.infer.options import (
     chat_options,
     model_options,
@@ -19,6 +19,7 @@ from gptoss_plugins.infer.options import (
     sampling_options,
     wanted_of,
 )
+from gptoss_plugins.infer.speaking import Harmony
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +29,11 @@ if TYPE_CHECKING:
     from gptoss_plugins.infer.transcript import Transcript
 
 NEW_TOKENS = 2048
-_LONGEST = 1 << 20  # bytes of what a user says at once
+_CUT_SHORT = {
+    "length": "--max-new-tokens",
+    "context": "the model takes no more",
+    "text": "Ctrl-C",
+}
 
 
 @click.command("chat")
@@ -56,7 +61,7 @@ def chat(
 ) -> None:
     """Talk with any checkpoint's model; an empty line or Ctrl-D ends it.
 
-    What is typed is the user's turn. The model's analysis is dimmed, its final answer plain. From a
+    Ctrl-C ends an answer. What is typed is the user's turn. The model's analysis is dimmed, its final answer plain. From a
     pipe, every line is a turn.
     """
     from gptoss_plugins.infer.session import open_session
@@ -106,31 +111,60 @@ def _talk(
         transcript.add("system", system)
     for said in _turns(session):
         conversation.add_user(said)
-        asked = conversation.prompt_ids()
-        session.require_known([asked])
+        try:
+            asked = conversation.prompt_ids()
+            session.require_known([asked])
+            session.engine.check([asked])
+        except UsageError as error:  # this turn's fault, and the conversation goes on
+            conversation.messages.pop()
+            if session.rank == 0:
+                click.echo(f"error: {error}", err=True)
+            continue
         if transcript:
             transcript.add("user", said)
-        channels = Channels(session.tokenizer, show=session.rank == 0)
-
-        def watch(_: int, token: int, channels: Channels = channels) -> bool:
-            channels.push(token)
-            return False
-
-        (done,), _ = session.engine.generate(
-            [asked], new_tokens=new_tokens, sampling=sampling, watch=watch
-        )
-        channels.finish()
+        speaker = Harmony(session.tokenizer, (), show=session.rank == 0)
+        with _Interrupt(session) as interrupt:
+            (done,), _ = session.engine.generate(
+                [asked],
+                new_tokens=new_tokens,
+                sampling=sampling,
+                watch=lambda _, token, s=speaker, i=interrupt: s.push(token) or i.came,  # type: ignore[misc]
+            )
+        speaker.finish()
         for message in conversation.add_completion(done.ids):
             if transcript:
                 transcript.add_message(message)
-        if done.reason in ("length", "context") and session.rank == 0:
-            why = "--max-new-tokens" if done.reason == "length" else "the model's context is full"
-            click.echo(f"(cut short: {why})", err=True)
+        if done.reason != "stop" and session.rank == 0:
+            click.echo(f"(cut short: {_CUT_SHORT[done.reason]})", err=True)
+
+
+class _Interrupt:
+    """Ctrl-C while the model talks ends what it says, and not the conversation. With several ranks,
+    which may hear of it at different tokens, it ends both.
+    """
+
+    def __init__(self, session: Session) -> None:
+        import torch.distributed as dist
+
+        self.came = False
+        self._listens = dist.get_world_size() == 1
+
+    def __enter__(self) -> Self:
+        if self._listens:
+            self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._listens:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, *_: object) -> None:
+        self.came = True
 
 
 def _turns(session: Session) -> Iterator[str]:
     """What the user says, on all ranks; read by the first."""
-    while (said := _shared(session, _read() if session.rank == 0 else None)) is not None:
+    while (said := session.shared(_read() if session.rank == 0 else None)) is not None:
         yield said
 
 
@@ -147,24 +181,3 @@ def _read() -> str | None:
         if line.strip():
             return line.strip()
     return None
-
-
-def _shared(session: Session, said: str | None) -> str | None:
-    """The first rank's text, on all of them."""
-    import torch
-    import torch.distributed as dist
-
-    data = b"" if said is None else said.encode("utf-8", "surrogateescape")
-    if len(data) > _LONGEST:
-        raise UsageError(f"a turn of {len(data)} bytes is too long; say it in less than {_LONGEST}")
-    if dist.get_world_size() == 1:
-        return said
-    size = torch.tensor([len(data) if said is not None else -1], device=session.place)
-    dist.broadcast(size, 0)
-    if size.item() < 0:
-        return None
-    room = torch.zeros(int(size.item()), dtype=torch.uint8, device=session.place)
-    if session.rank == 0:
-        room.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    dist.broadcast(room, 0)
-    return bytes(room.cpu().numpy()).decode("utf-8", "surrogateescape")

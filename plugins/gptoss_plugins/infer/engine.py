@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from gptoss_convert.errors import UsageError
+from gptoss_convert.errors import ConvertError, UsageError
 from gptoss_plugins.infer.cache import Mark
 from gptoss_plugins.infer.graphs import GraphedStep, can_capture
 from gptoss_plugins.infer.sampling import Sampler, Sampling
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 PREFILL_TOKENS = 16384  # of all sequences, in one pass through the layers
 _WORTH_CAPTURING = 8  # tokens
+_NO_NUMBER = -1  # in place of a token, where logits are none
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Completion:
     Attributes:
         prompt: its token ids.
         ids: the new ones, the one that ended it included.
-        reason: why it ended: ``stop`` (a stop id), ``watch`` (the caller said so), ``length``
+        reason: why it ended: ``stop`` (a stop id), ``text`` (the caller said so), ``length``
             (as many tokens as were asked for), ``context`` (the model takes no more).
 
     """
@@ -113,7 +114,7 @@ class Engine:
             UsageError: a prompt is empty, or longer than the model takes.
 
         """
-        self._check(prompts)
+        self.check(prompts)
         started = time.monotonic()
         done, timing = [Completion(list(p)) for p in prompts], Timing()
         longest = max(map(len, prompts))
@@ -153,7 +154,8 @@ class Engine:
         """Give the cache of the last prompt back."""
         self._kept = None
 
-    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
+    def check(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Raise UsageError if a prompt is empty, or longer than the model takes."""
         for number, prompt in enumerate(prompts, 1):
             which = "the prompt" if len(prompts) == 1 else f"prompt {number}"
             if not prompt:
@@ -205,7 +207,8 @@ class Engine:
         """The next token of every sequence: int64 ``[b]``, the same on all ranks."""
         last = dist.get_world_size() - 1  # is in the last stage, whatever the layout
         if logits is not None and (last == 0 or dist.get_rank() == last):
-            token = sampler.choose(logits)
+            is_sound = logits.isfinite().all(-1)
+            token = sampler.choose(logits.where(is_sound[:, None], 0)).where(is_sound, _NO_NUMBER)
         else:
             token = torch.empty(batch, dtype=torch.int64, device=self._decoder.device)
         if last:
@@ -224,12 +227,17 @@ class Engine:
         for number, (one, new) in enumerate(zip(done, token.tolist(), strict=True)):
             if one.reason:
                 continue
+            if new == _NO_NUMBER:
+                raise ConvertError(
+                    "the model's logits are NaN or infinite: its weights are damaged (verify says "
+                    "where), or --torch-dtype is too small for them"
+                )
             one.ids.append(new)
             wants_end = watch(number, new)
             if new in self.stop_ids:
                 one.reason = "stop"
             elif wants_end:
-                one.reason = "watch"
+                one.reason = "text"
             elif len(one.ids) == room:
                 one.reason = "length" if room == new_tokens else "context"
 

@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gptoss_convert.errors import UsageError
-from gptoss_convert.program import choice_of, echo_json, layout_of, registry_of
+from gptoss_convert.program import choice_of, echo_json, given, layout_of, registry_of
 from gptoss_convert.staging import human
-from gptoss_plugins.infer.answer import Answer
-from gptoss_plugins.infer.channels import Channels, messages_json, printable
 from gptoss_plugins.infer.options import (
     chat_options,
     model_options,
@@ -21,6 +19,7 @@ from gptoss_plugins.infer.options import (
     sampling_options,
     wanted_of,
 )
+from gptoss_plugins.infer.speaking import Harmony, Plain, printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,12 +73,15 @@ def generate(
     """
     from gptoss_plugins.infer.session import open_session
 
-    texts = [*prompts, *(_lines(prompt_file) if prompt_file else ())]
-    if not texts:
+    if not prompts and prompt_file is None:
         raise click.UsageError("Missing option '--prompt' or '--prompt-file'.")
-    if system and not as_chat:
-        raise click.UsageError("--system is for conversations; say --chat, too")
+    if "" in stops:
+        raise click.UsageError("--stop is empty, and would end every answer at once; leave it out")
+    if not as_chat and (said := given(ctx) & {"system", "reasoning"}):
+        raise click.UsageError(f"--{min(said)} is for conversations; say --chat, too")
     sampling = sampling_of(rest)
+    from_stdin = prompt_file is not None and str(prompt_file) == "-"
+    filed = _prompts(prompt_file) if prompt_file and not from_stdin else []
     with open_session(
         wanted_of(rest),
         registry_of(ctx),
@@ -89,6 +91,10 @@ def generate(
         dtype=torch_dtype,
         show=not as_json,
     ) as session:
+        if from_stdin:  # the first rank's; the others hear of it
+            read = sys.stdin.read(MOST_PROMPTS) if session.rank == 0 else None
+            filed = _lines(session.shared(read) or "", "standard input")
+        texts = [*prompts, *filed]
         asked = [
             _asked(text, session.tokenizer, reasoning if as_chat else None, system)
             for text in texts
@@ -96,45 +102,47 @@ def generate(
         session.require_known(asked)
         if as_chat:
             session.engine.stop_ids = frozenset(_chat_stops(session.tokenizer))
-        show = session.rank == 0 and not as_json
-        speakers = [
-            _Speaker(session.tokenizer, stops, as_chat=as_chat, live=show and len(asked) == 1)
-            for _ in asked
-        ]
+        show, kind = session.rank == 0 and not as_json, Harmony if as_chat else Plain
+        live = show and len(asked) == 1
+        speakers = [kind(session.tokenizer, stops, show=live) for _ in asked]
         done, timing = session.engine.generate(
             asked,
             new_tokens=max_new_tokens or 20,
             sampling=sampling,
             watch=lambda number, token: speakers[number].push(token),
         )
-        for number, speaker in enumerate(speakers):
-            if show and len(asked) > 1:
-                click.echo(f"--- {number + 1}: {printable(texts[number])}")
-            speaker.finish(show=show)
+        for speaker in speakers:
+            speaker.finish()
         if session.rank:
             return
         if as_json:
             echo_json(_json(session, texts, done, speakers, timing, as_chat=as_chat))
-        else:
-            click.echo(_summary(session, done, timing), err=True)
+            return
+        for number, one in enumerate(done if show and not live else ()):
+            click.echo(f"--- {number + 1}: {printable(texts[number])}")
+            again = kind(session.tokenizer, stops, show=True)
+            for token in one.ids:
+                again.push(token)
+            again.finish()
+        click.echo(_summary(session, done, timing), err=True)
 
 
-def _lines(path: Path) -> list[str]:
+def _prompts(path: Path) -> list[str]:
     """The prompts in a file."""
-    if str(path) == "-":
-        text = sys.stdin.read(MOST_PROMPTS)
-    else:
-        from gptoss_convert.untrusted import read_small
+    from gptoss_convert.untrusted import read_small
 
-        try:
-            text = read_small(path, MOST_PROMPTS).decode()
-        except UnicodeDecodeError as error:
-            raise UsageError(
-                f"{path}: is no UTF-8 text at byte {error.start}; write it in UTF-8"
-            ) from None
-    found = [line for line in text.splitlines() if line.strip()]
+    try:
+        return _lines(read_small(path, MOST_PROMPTS).decode(), str(path))
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{path}: is no UTF-8 text at byte {error.start}; write it in UTF-8"
+        ) from None
+
+
+def _lines(text: str, where: str) -> list[str]:
+    found = [line for raw in text.split("\n") if (line := raw.removesuffix("\r")).strip()]
     if not found:
-        raise UsageError(f"{path}: has no prompt; write one per line")
+        raise UsageError(f"{where}: has no prompt; write one per line")
     return found
 
 
@@ -155,69 +163,26 @@ def _chat_stops(tokenizer: Tokenizer) -> Sequence[int]:
     return stop_ids(tokenizer)
 
 
-class _Speaker:
-    """One prompt's answer: watched for texts that end it, and shown as it comes if it is alone."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, stops: Sequence[str], *, as_chat: bool, live: bool
-    ) -> None:
-        self.answer = Answer(tokenizer, stops)
-        self._channels = Channels(tokenizer, show=True) if as_chat else None
-        self._tokens: list[int] = []
-        self._live = live
-
-    def push(self, token: int) -> bool:
-        """One more token; whether it ends the answer."""
-        added = self.answer.push(token)
-        self._tokens.append(token)
-        if self._live:
-            self._say(added, token)
-        return self.answer.has_ended
-
-    def finish(self, *, show: bool) -> None:
-        """The answer has ended."""
-        rest = self.answer.finish()
-        if not show:
-            return
-        if not self._live:
-            for token in self._tokens if self._channels else ():
-                self._say("", token)
-            rest = self.answer.text
-        if self._channels:
-            self._channels.finish()
-        else:
-            click.echo(printable(rest))
-
-    def _say(self, text: str, token: int) -> None:
-        if self._channels:
-            self._channels.push(token)
-        else:
-            click.echo(printable(text), nl=False)
-            sys.stdout.flush()
-
-
 def _json(
     session: Session,
     texts: Sequence[str],
     done: Sequence[Completion],
-    speakers: Sequence[_Speaker],
+    speakers: Sequence[Plain | Harmony],
     timing: Timing,
     *,
     as_chat: bool,
 ) -> dict[str, Any]:
-    from gptoss_plugins.infer.completion import parse
-
     results = []
     for text, one, speaker in zip(texts, done, speakers, strict=True):
         row = {
             "prompt": text,
             "prompt_ids": one.prompt,
             "ids": one.ids,
-            "text": speaker.answer.text,
-            "reason": "text" if one.reason == "watch" else one.reason,
+            "text": speaker.text,
+            "reason": one.reason,
         }
         if as_chat:
-            row["messages"] = messages_json(parse(one.ids, session.tokenizer))
+            row["messages"] = [vars(message) for message in speaker.messages]
         results.append(row)
     return {
         "schema": SCHEMA,

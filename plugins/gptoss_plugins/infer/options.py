@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -71,7 +72,13 @@ _SAMPLING = (
         show_default=True,
         help="Draw from the most likely tokens that have this probability together.",
     ),
-    click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of draws."),
+    click.option(
+        "--seed",
+        type=click.IntRange(0, 2**63 - 2**20),
+        default=0,
+        show_default=True,
+        help="Of draws.",
+    ),
 )
 _CHAT = (
     click.option(
@@ -122,6 +129,9 @@ def sampling_of(options: dict[str, Any]) -> Sampling:
         click.UsageError: drawing is asked for, and no temperature.
 
     """
+    for name in ("temperature", "top_p"):
+        if not math.isfinite(options[name]):
+            raise click.UsageError(f"--{name.replace('_', '-')} {options[name]} is no number")
     if options["temperature"] == 0 and (options["top_k"] > 1 or options["top_p"] < 1):
         raise click.UsageError(
             "--top-k and --top-p draw, and --temperature 0 does not; give a temperature, such as 1"

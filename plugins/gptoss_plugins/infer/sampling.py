@@ -63,7 +63,7 @@ class Sampler:
 
 def probabilities(logits: Tensor, how: Sampling) -> Tensor:
     """Of every token, those left out at 0: float32 ``[b, vocabulary]``; temperature above 0."""
-    logits = logits / how.temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / how.temperature  # none overflows
     if 0 < how.top_k < logits.shape[-1]:
         least = logits.topk(how.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))

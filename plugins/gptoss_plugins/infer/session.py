@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 import resource
 import warnings
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from gptoss_convert.registry import Registry
     from gptoss_plugins.infer.engine import Engine
     from gptoss_plugins.infer.tokenizer import Tokenizer
+
+
+log = logging.getLogger("gptoss_convert")
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,24 @@ class Session:
                 f"{self.tokenizer.where}: its tokenizer made token {most}, and the model knows "
                 f"{self.vocabulary}; it is another model's tokenizer"
             )
+
+    def shared(self, text: str | None) -> str | None:
+        """The first rank's text, on all of them; all ranks call this together."""
+        import torch
+        import torch.distributed as dist
+
+        if dist.get_world_size() == 1:
+            return text
+        data = b"" if text is None else text.encode("utf-8", "surrogateescape")
+        size = torch.tensor([len(data) if text is not None else -1], device=self.place)
+        dist.broadcast(size, 0)
+        if size.item() < 0:
+            return None
+        room = torch.zeros(int(size.item()), dtype=torch.uint8, device=self.place)
+        if self.rank == 0:
+            room.copy_(torch.frombuffer(bytearray(data or b" "), dtype=torch.uint8)[: len(data)])
+        dist.broadcast(room, 0)
+        return bytes(room.cpu().numpy()).decode("utf-8", "surrogateescape")
 
     def peak_bytes(self) -> int:
         """The most memory this rank has used: of its GPU, or of the process."""
@@ -132,6 +154,13 @@ def open_session(
         with reporting("load", total, show=show and rank == 0) as progress:
             fill(live, checkpoint, progress)
         vocabulary = checkpoint.fields["vocab_size"]
+        if len(tokenizer) > vocabulary and rank == 0:
+            log.warning(
+                "%s: its tokenizer has %d tokens and the model knows %d; is it another model's?",
+                tokenizer.where,
+                len(tokenizer),
+                vocabulary,
+            )
         decoder = Decoder(live.models[0], vocabulary)
         engine = Engine(decoder, checkpoint.fields["seq_length"], tokenizer.stop_ids)
         yield Session(engine, tokenizer, rank, vocabulary, place)

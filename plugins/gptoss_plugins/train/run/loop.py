@@ -8,7 +8,7 @@ import signal
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.distributed as dist
@@ -181,7 +181,7 @@ class _Stop:
     def __init__(self, listen: bool) -> None:
         self._listen, self._came = listen, False
 
-    def __enter__(self) -> _Stop:
+    def __enter__(self) -> Self:
         if self._listen:
             self._before = signal.signal(signal.SIGTERM, self._note)
         return self

@@ -11,12 +11,10 @@ import json
 import shutil
 import warnings
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.torch import (
@@ -25,6 +23,8 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from gptoss_convert.blockio import sync_folder, write_note
 from gptoss_convert.errors import CheckpointError
@@ -34,6 +34,7 @@ from gptoss_plugins.megatron.folder import TRACKER, companion_place, folder_of, 
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from gptoss_plugins.train.run.trainee import Trainee
 
@@ -64,9 +65,9 @@ class _PlainSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]  # megatro
         keys, _, _ = _replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, self.keep_only_main_replica
         )
-        dcp.save(
+        save_tensors(
             mcore_to_pyt_state_dict(keys, False),
-            storage_writer=dcp.FileSystemWriter(
+            storage_writer=FileSystemWriter(
                 checkpoint_dir, thread_count=1, per_thread_copy_ahead=0
             ),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
