@@ -20,6 +20,11 @@ _CHUNK = 1 << 18  # elements at a time: in float64 they fit the cache
 _LEAST = 1e-30  # of a sum of squares; of a smaller one float32 may have lost too much
 
 
+def finite(number: float) -> float | None:
+    """The number, or None in place of NaN and infinity, for which JSON has no words."""
+    return number if math.isfinite(number) else None
+
+
 @dataclass(frozen=True)
 class Difference:
     """Sums over a tensor, or over a piece of it; they add up.
@@ -34,6 +39,7 @@ class Difference:
         powers: sums of the squares of the first and of the second.
         product: sum of their products.
         nonfinite: how many of the first, and of the second, are NaN or infinite.
+        clashes: places where one of them is, and the other is not the same.
         blocks: runs along the last dim, of the length of a codec's blocks; 0 if none were counted.
         equal_blocks: those in which all is equal.
 
@@ -46,6 +52,7 @@ class Difference:
     powers: tuple[float, float] = (0.0, 0.0)
     product: float = 0.0
     nonfinite: tuple[int, int] = (0, 0)
+    clashes: int = 0
     blocks: int = 0
     equal_blocks: int = 0
 
@@ -67,7 +74,7 @@ class Difference:
     def relative(self) -> float:
         """Root of the mean square of the errors, by that of the first; 0 where all is equal."""
         if self.squares == 0:
-            return 0.0 if self.is_equal or self.nonfinite == (0, 0) else math.inf
+            return math.inf if self.clashes else 0.0
         return math.sqrt(self.squares / self.powers[0]) if self.powers[0] else math.inf
 
     @property
@@ -80,12 +87,11 @@ class Difference:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; the schema is described in docs/json.md."""
-        relative = self.relative
         return {
             "elements": self.elements,
             "equal": self.equal,
             "max_error": self.largest,
-            "relative_error": relative if math.isfinite(relative) else None,
+            "relative_error": finite(self.relative),
             "cosine": self.cosine,
             "nonfinite": list(self.nonfinite),
             "blocks": self.blocks or None,
@@ -142,10 +148,11 @@ def _of_chunk(one: Tensor, two: Tensor, block: int) -> Difference:
         return quick
     x, y = one.double(), two.double()
     alike = (x == y) & (x.signbit() == y.signbit()) | x.isnan() & y.isnan()
-    strange = int((~x.isfinite()).sum()), int((~y.isfinite()).sum())
+    strange, clashes = (int((~x.isfinite()).sum()), int((~y.isfinite()).sum())), 0
     if strange != (0, 0):
-        finite = x.isfinite() & y.isfinite()
-        x, y = x.where(finite, 0), y.where(finite, 0)
+        whole = x.isfinite() & y.isfinite()
+        clashes = int((~whole & ~alike).sum())
+        x, y = x.where(whole, 0), y.where(whole, 0)
     error = y - x
     return Difference(
         count,
@@ -155,6 +162,7 @@ def _of_chunk(one: Tensor, two: Tensor, block: int) -> Difference:
         (float(x.dot(x)), float(y.dot(y))),
         float(x.dot(y)),
         strange,
+        clashes,
         runs,
         int(alike.view(runs, -1).all(1).sum()) if runs else 0,
     )
@@ -189,6 +197,7 @@ def _in_float32(one: Tensor, two: Tensor, runs: int) -> Difference | None:
         (power, other),
         float(x.dot(y)),
         (0, 0),
+        0,
         runs,
         int(alike.view(runs, -1).all(1).sum()) if runs else 0,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -125,6 +126,41 @@ def test_other_weights(model: Path, tmp_path: Path, invoke: Run) -> None:
     done = invoke(*command_of(model, tmp_path / "mg", "--no-logits"))
     assert done.returncode == 3
     assert "NO, off by" in done.stdout
+
+
+def test_weights_that_are_not_finite(
+    model: Path, megatron: Path, tmp_path: Path, invoke: Run
+) -> None:
+    """The row says so, and JSON has null where a figure is not defined."""
+    tensors = tensors_of(model)
+    tensors[SINKS][0] = math.nan
+    config = json.loads((model / "config.json").read_bytes())
+    write_hf_folder(tmp_path / "hf", config, tensors, shards=1, files={})
+    done = invoke(*command_of(tmp_path / "hf", megatron, "--no-logits"))
+    assert done.returncode == 3, done.stderr
+    assert "NO, NaN or infinite in 1, in the model 0" in done.stdout
+    done = invoke(*command_of(tmp_path / "hf", megatron, "--json"))
+    assert done.returncode == 3
+    assert done.stderr == ""  # of transformers' warnings too
+    found = json.loads(done.stdout, parse_constant=pytest.fail)
+    assert found["logits"]["relative_error"] is None
+
+
+def test_checkpoints_that_are_no_pair(
+    model: Path, megatron: Path, write_tiny: Any, tmp_path: Path, invoke: Run
+) -> None:
+    """One sentence each."""
+    other = write_tiny(tmp_path / "other", vocab_size=150)
+    import_checkpoint(other, tmp_path / "mg")
+    for one, two, code, says in (
+        (model, model, 1, "--megatron-load-path takes a Megatron checkpoint"),
+        (megatron, megatron, 1, "--hf-model-id takes a Hugging Face checkpoint"),
+        (model, tmp_path / "mg", 3, "model.embed_tokens.weight has shape [150, "),
+    ):
+        done = invoke(*command_of(one, two))
+        assert done.returncode == code, done.stderr
+        assert says in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

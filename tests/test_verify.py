@@ -8,12 +8,14 @@ import math
 import re
 import shutil
 import subprocess
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -289,6 +291,7 @@ def test_a_known_bad_state_of_a_tensor(
     assert [f["where"] for f in named] == [name]
     assert {f["where"] for f in found["findings"]} == {name}
     assert all(f["remedy"] for f in named)
+    assert "--tolerance" not in done.stdout
 
 
 def test_missing_sinks(originals: dict[str, Path], tmp_path: Path, invoke: Run) -> None:
@@ -350,14 +353,87 @@ def test_yarn_gone_altogether(originals: dict[str, Path], tmp_path: Path, invoke
         assert "YaRN constants lost" in done.stdout
 
 
+def change_tensors(folder: Path, part: str, change: Callable[[Tensor], Tensor]) -> None:
+    """Of a Megatron checkpoint, by torch's own readers and writers."""
+    for path in folder.glob("iter_*/mp_rank_*/*.pt"):
+        stored = torch.load(path, weights_only=False)
+        model = stored["model"]
+        model |= {name: change(model[name]).contiguous() for name in model if part in name}
+        torch.save(stored, path)
+    for path in folder.glob("iter_*/.metadata"):
+        reader = dcp.FileSystemReader(path.parent)
+        state = {
+            name: torch.empty(found.size, dtype=found.properties.dtype)
+            for name, found in reader.read_metadata().state_dict_metadata.items()
+            if hasattr(found, "size")
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is a single process
+            dcp.load(state, storage_reader=reader, no_dist=True)
+            state |= {name: change(state[name]).contiguous() for name in state if part in name}
+            dcp.save(state, storage_writer=dcp.FileSystemWriter(path.parent), no_dist=True)
+
+
+@pytest.mark.parametrize("form", ["hf", "torch_dist", "torch"])
+@pytest.mark.parametrize("name", ["down_proj", "gate_up_proj"])
 def test_a_transposed_matrix_that_is_not_square(
-    originals: dict[str, Path], tmp_path: Path, invoke: Run
+    name: str,
+    form: str,
+    originals: dict[str, Path],
+    forms: dict[str, Path],
+    legacy: Path,
+    tmp_path: Path,
+    invoke: Run,
 ) -> None:
-    bad = damaged(originals["bf16"], tmp_path / "bad", DOWN, lambda t: t.transpose(1, 2))
+    if form == "hf":
+        whole = DOWN if name == "down_proj" else GATE_UP
+        bad = damaged(originals["bf16"], tmp_path / "bad", whole, lambda t: t.transpose(1, 2))
+    else:
+        bad = without_manifest({**forms, "torch": legacy}[form], tmp_path / "bad")
+        module = "linear_fc2.weight" if name == "down_proj" else "linear_fc1.weight"
+        change_tensors(bad, module, lambda t: t.transpose(-1, -2))
     for command in (["verify", bad], ["verify", originals["bf16"], bad]):
         done = invoke(*command)
         assert done.returncode == MISMATCH
-        assert f"transposed down_proj: {DOWN}" in done.stdout
+        assert f"transposed {name}: " in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("kind", ["transposed", "halves", "swapped"])
+def test_a_known_bad_state_that_was_quantized_since(
+    kind: str, originals: dict[str, Path], tmp_path: Path, invoke: Run
+) -> None:
+    """Rounding leaves a tenth of what the mistake changed."""
+    state, name, change = STATES[kind]
+    good = originals["bf16-square"]
+    noise = torch.Generator().manual_seed(9)
+    normal = torch.randn(tensors_of(good)[name].shape, generator=noise).bfloat16()
+    sound = damaged(good, tmp_path / "sound", name, lambda _: normal)
+    bad = damaged(good, tmp_path / "bad", name, lambda _: change(normal))
+    for folder in (sound, bad):
+        command = ["quantize", "--hf-model", folder, "--hf-path", f"{folder}-mxfp4"]
+        assert invoke(*command).returncode == 0
+    found = facts(invoke("verify", sound, f"{bad}-mxfp4", "--json"))
+    assert [f["where"] for f in found["findings"] if state in f["what"]] == [name]
+    done = invoke("verify", sound, f"{sound}-mxfp4", "--tolerance", "0.9")
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("side", ["hf", "torch_dist"])
+@pytest.mark.parametrize("mistake", ["hf", "torch_dist"])
+def test_a_transposed_square_gate_up(
+    mistake: str, side: str, write_tiny: Any, tmp_path: Path, invoke: Run
+) -> None:
+    """Turned where gates and ups alternate, or where they stand apart."""
+    good = write_tiny(tmp_path / "hf", hidden_size=64, intermediate_size=32)
+    import_checkpoint(good, tmp_path / "torch_dist")
+    if mistake == "hf":
+        bad = damaged(good, tmp_path / "bad", GATE_UP, lambda t: t.transpose(1, 2))
+    else:
+        bad = without_manifest(tmp_path / "torch_dist", tmp_path / "bad")
+        change_tensors(bad, "linear_fc1.weight", lambda t: t.transpose(-1, -2))
+    found = facts(invoke("verify", tmp_path / side, bad, "--json"))
+    named = {f["where"] for f in found["findings"] if "transposed gate_up_proj" in f["what"]}
+    assert GATE_UP in named
 
 
 @pytest.mark.parametrize(
@@ -588,6 +664,11 @@ def test_ghost_index_keys(originals: dict[str, Path], tmp_path: Path, invoke: Ru
     done = invoke("verify", bad)
     assert done.returncode == MISMATCH
     assert "ghost index keys: model.layers.0.mlp.experts.gate_up_proj_blocks" in done.stdout
+    index["weight_map"]["rotary_emb.inv_freq"] = "model-00009-of-00009.safetensors"
+    (bad / INDEX).write_text(json.dumps(index))
+    done = invoke("verify", bad)
+    assert done.returncode == MISMATCH
+    assert "ghost index keys: model-00009-of-00009.safetensors" in done.stdout
 
 
 def test_padding_that_is_not_zero(legacy: Path, tmp_path: Path, invoke: Run) -> None:
@@ -613,9 +694,71 @@ def test_values_that_are_not_finite(
     bad = damaged(originals["bf16"], tmp_path / "bad", DOWN, spoil)
     found = facts(invoke("verify", bad, "--values", "--json"))
     named = [(f["where"], f["severity"]) for f in found["findings"] if f["severity"] != "info"]
+    assert named == [(DOWN, "error")]
+    count = f"1 of {tensors_of(bad)[DOWN].numel():,} values"
+    found = facts(invoke("verify", originals["bf16"], bad, "--tolerance", "0.5", "--json"))
+    assert [(f["where"], f["severity"], f["what"]) for f in found["findings"]] == [
+        (DOWN, "error", f"NaN or infinite in B and finite in A: {count}")
+    ]
+    found = facts(invoke("verify", bad, bad, "--json"))
+    assert [(f["where"], f["severity"], f["what"]) for f in found["findings"]] == [
+        (DOWN, "warning", f"NaN or infinite, in both alike: {count}")
+    ]
+
+
+@pytest.mark.parametrize("form", ["hf", "torch_dist"])
+def test_values_that_a_codec_has_codes_for(
+    form: str, originals: dict[str, Path], tmp_path: Path, invoke: Run
+) -> None:
+    """A block of NaN travels by design: an import keeps its bytes for the export."""
+    name = f"{DOWN}_scales"
+    odd = damaged(
+        originals["mxfp4"], tmp_path / "hf", name, lambda t: t.index_fill(2, torch.tensor([0]), 255)
+    )
+    import_checkpoint(odd, tmp_path / "torch_dist")
+    found = facts(invoke("verify", tmp_path / form, "--values", "--json"))
+    named = [(f["where"], f["severity"]) for f in found["findings"] if f["severity"] != "info"]
     assert named == [(DOWN, "warning")]
-    found = facts(invoke("verify", originals["bf16"], bad, "--json"))
-    assert {(f["where"], f["severity"]) for f in found["findings"]} == {(DOWN, "error")}
+
+
+def test_figures_of_logits_that_are_not_defined() -> None:
+    from gptoss_plugins.verify.checking import plain
+    from gptoss_plugins.verify.logits import compare_logits
+
+    found = compare_logits(torch.ones(3, 5), torch.full((3, 5), math.nan))
+    assert json.loads(json.dumps(plain(found), allow_nan=False))["relative_error"] is None
+
+
+def test_no_tolerance_but_a_number(originals: dict[str, Path], invoke: Run) -> None:
+    for option in ("--tolerance", "--logits-tolerance"):
+        done = invoke("verify", originals["bf16"], originals["bf16"], option, "nan")
+        assert done.returncode == 2
+
+
+@pytest.mark.parametrize("factor", [1.2266, 1.0301, 1.1])
+def test_the_suggested_tolerance_suffices(
+    factor: float, forms: dict[str, Path], tmp_path: Path, invoke: Run
+) -> None:
+    bad = damaged(forms["float32"], tmp_path / "bad", DOWN, lambda t: t * factor)
+    done = invoke("verify", forms["float32"], bad)
+    allowed = re.search(r"--tolerance (\S+)", done.stdout)
+    assert allowed
+    assert invoke("verify", forms["float32"], bad, "--tolerance", allowed[1]).returncode == 0
+    assert float(allowed[1]) < 1.1 * (factor - 1)
+
+
+def test_zero_sinks(originals: dict[str, Path], tmp_path: Path, invoke: Run) -> None:
+    """They are told of the one that has them, and seen where nothing else is read."""
+    good = originals["bf16"]
+    bad = damaged(good, tmp_path / "bad", SINKS, torch.zeros_like)
+    assert f"{SINKS}: zero sinks in A: " in invoke("verify", bad, good).stdout
+    assert f"{SINKS}: zero sinks in B: " in invoke("verify", good, bad).stdout
+    import_checkpoint(bad, tmp_path / "mg")
+    for folder in (bad, tmp_path / "mg"):
+        done = invoke("verify", folder)
+        assert done.returncode == MISMATCH
+        assert f"{SINKS}: zero sinks: " in done.stdout
+        assert invoke("verify", folder, "--headers").returncode == 0
 
 
 def test_one_flipped_bit(forms: dict[str, Path], tmp_path: Path, invoke: Run) -> None:

@@ -103,6 +103,11 @@ class Kept(SafetensorsSource):
 
     remedy = "name the checkpoint it came from with --scales-from, or remove it for new scales"
 
+    @property
+    def spoiled(self) -> frozenset[str]:
+        """Parts that decode to NaN or infinity somewhere, by their stored names."""
+        return frozenset(n.removesuffix(_AT) for n in self._entries if n.endswith(_AT))
+
     def original(self, name: str, spec: TensorSpec, rows: slice) -> Tensor | None:
         """``rows`` of dim 0 of a part, right in the rows (of its last dim) that were kept."""
         import torch

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gptoss_convert import hookimpl
-from gptoss_convert.errors import ConfigError
+from gptoss_convert.errors import ConfigError, MismatchError
 from gptoss_convert.options import (
     common_options,
     hf_model_option,
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from gptoss_plugins.roundtrip.running import Outcome
+    from gptoss_convert.logical import Logical
+    from gptoss_plugins.roundtrip.running import Outcome, Row
 
 MISMATCH = 3
 
@@ -81,7 +82,9 @@ def roundtrip(
     checkpoint = open_logical(
         required(megatron_path, "--megatron-path"), registry, choice, config=model.config
     )
+    _require_sides(model, checkpoint)
     _require_fit(model, checkpoint)
+    _require_one_model(model, checkpoint)
     dtype = precision(torch_dtype, device)
     with world_of(layout, device) as place:
         outcome = round_trip(
@@ -118,6 +121,41 @@ def _require_fit(*checkpoints: Any) -> None:
             raise PlanError(str(one.source.path), one.problems)
 
 
+def _require_sides(model: Logical, checkpoint: Logical) -> None:
+    for one, side, option, kind in (
+        (model, "hf", "--hf-model-id", "Hugging Face"),
+        (checkpoint, "megatron", "--megatron-load-path", "Megatron"),
+    ):
+        if one.side != side:
+            raise ConfigError(
+                f"{one.source.path}: is in the format {one.format}, and {option} takes a {kind} "
+                f"checkpoint; name one"
+            )
+
+
+def _require_one_model(model: Logical, checkpoint: Logical) -> None:
+    from gptoss_plugins.verify.states import same_shapes
+
+    wrong = [f"{found.where} {found.what}" for found in same_shapes(model, checkpoint)]
+    if model.steps.keys() != checkpoint.steps.keys():
+        layers = (one.fields["num_layers"] for one in (checkpoint, model))
+        wrong.append("has {} layers where A has {}".format(*layers))
+    if wrong:
+        raise MismatchError(
+            f"{checkpoint.source.path}: is another model than {model.source.path} (A): {wrong[0]}"
+            + (f", and {len(wrong) - 1} more" if wrong[1:] else "")
+            + "; name two checkpoints of one model"
+        )
+
+
+def _match(row: Row) -> str:
+    if row.match:
+        return "yes"
+    if row.nonfinite != (0, 0):
+        return "NO, NaN or infinite in {}, in the model {}".format(*row.nonfinite)
+    return f"NO, off by {row.max_error:.3g}"
+
+
 def _print(outcome: Outcome) -> None:
     """A row per tensor, then the logits."""
     from rich.console import Console
@@ -128,8 +166,7 @@ def _print(outcome: Outcome) -> None:
     for name in ("shape", "dtype", "match"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in outcome.rows:
-        match = "yes" if row.match else f"NO, off by {row.max_error:.3g}"
-        table.add_row(row.name, str(list(row.shape)), row.dtype, match)
+        table.add_row(row.name, str(list(row.shape)), row.dtype, _match(row))
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     wrong = sum(not row.match for row in outcome.rows)
     count = len(outcome.rows)

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from gptoss_convert.compare import difference
+from gptoss_convert.compare import difference, finite
 from gptoss_convert.logical import Logical, Part, in_common, pieces, read, shapes_of
 from gptoss_convert.scratch import Scratch
 from gptoss_plugins.gpt_model.filling import load_by_megatron, parameter_of
 from gptoss_plugins.gpt_model.forward import logits
 from gptoss_plugins.gpt_model.live import build_live
+from gptoss_plugins.verify.checking import plain
 from gptoss_plugins.verify.logits import LIMITS, compare_logits, hugging_face_logits, prompt
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Row:
         name, shape, dtype: as the Hugging Face checkpoint has it.
         match: whether the model's weights are the same numbers.
         max_error: the largest difference.
+        nonfinite: how many of its values, and of the model's, are NaN or infinite.
 
     """
 
@@ -43,6 +45,7 @@ class Row:
     dtype: str
     match: bool
     max_error: float
+    nonfinite: tuple[int, int]
 
 
 @dataclass
@@ -83,9 +86,12 @@ class Outcome:
             "world": self.world,
             "layout": {name: getattr(self.layout, name) for name in sizes},
             "dtype": self.dtype,
-            "tensors": [{**vars(row), "shape": list(row.shape)} for row in self.rows],
-            "logits": self.logits,
-            "logits_limit": self.limit,
+            "tensors": [
+                {**vars(row), "shape": list(row.shape), "nonfinite": list(row.nonfinite)}
+                for row in self.rows
+            ],
+            "logits": self.logits and plain(self.logits),
+            "logits_limit": finite(self.limit),
             "seconds": round(self.seconds, 3),
         }
 
@@ -164,7 +170,7 @@ def _rows(key: tuple[str, ...], model: Logical, step: Step, whole: torch.Tensor)
     for name, one, two in in_common(key, reference, ours):
         found = difference(one, two, scratch)
         dtype = theirs.inputs[list(key).index(name)].spec.dtype
-        yield Row(name, shapes[name], dtype, found.is_equal, found.largest)
+        yield Row(name, shapes[name], dtype, found.is_equal, found.largest, found.nonfinite)
 
 
 def _on_first(

@@ -15,7 +15,7 @@ from gptoss_convert.options import (
     revision_option,
 )
 from gptoss_convert.program import choice_of, echo_json, registry_of
-from gptoss_plugins.verify.options import logits_options
+from gptoss_plugins.verify.options import Tolerance, logits_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +36,7 @@ MISMATCH = 3
 )
 @click.option(
     "--tolerance",
-    type=click.FloatRange(0),
+    type=Tolerance(),
     default=0.0,
     show_default=True,
     help="Relative error (RMS) up to which a tensor counts as the same.",
@@ -127,6 +127,7 @@ def verify(
                 report,
                 registry,
                 values=wanted,
+                sinks=values is None and not second,
                 workers=workers,
                 progress=progress,
             )

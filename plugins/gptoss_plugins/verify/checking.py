@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptoss_convert.compare import finite
 from gptoss_convert.crew import current_crew
 from gptoss_convert.damage import check_manifest
 from gptoss_convert.errors import ConvertError, NoCheckpointError, PlanError, PluginError
@@ -16,11 +18,13 @@ from gptoss_convert.progress import reporting
 from gptoss_convert.types import Finding
 from gptoss_plugins.verify.naming import broken, problem
 from gptoss_plugins.verify.shares import together
+from gptoss_plugins.verify.states import zero_sinks
 from gptoss_plugins.verify.values import Values, compare_values
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
+    from gptoss_convert.compare import Difference
     from gptoss_convert.execute import Progress
     from gptoss_convert.opening import Choice
     from gptoss_convert.registry import Registry
@@ -67,6 +71,13 @@ class Report:
             raise error
         self.findings += _found(path, error)
 
+    def look(self, check: Callable[..., Iterable[Finding]], *checkpoints: Logical | None) -> None:
+        """Add what a check finds, or that a file could not be read which is read only now."""
+        try:
+            self.findings += check(*checkpoints)
+        except ConvertError as error:
+            self.findings += _found(" and ".join(self.paths), error)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values; the schema is described in docs/json.md."""
         values = self.values.tensors.values() if self.values else ()
@@ -75,7 +86,7 @@ class Report:
             "paths": list(self.paths),
             "formats": self.formats,
             "sound": self.is_sound,
-            "tolerance": self.tolerance,
+            "tolerance": finite(self.tolerance),
             "findings": [asdict(finding) for finding in self.findings],
             "tensors": [
                 {
@@ -89,7 +100,7 @@ class Report:
             ]
             if self.values
             else None,
-            "logits": self.logits,
+            "logits": self.logits and plain(self.logits),
             "files": self.files,
             "seconds": round(self.seconds, 3),
         }
@@ -157,10 +168,21 @@ def check(
     registry: Registry,
     *,
     values: bool,
+    sinks: bool = False,
     workers: int | None = None,
     progress: Progress = lambda nbytes: None,
 ) -> bool:
     """Look at headers, config and, if wanted, at all values.
+
+    Args:
+        first: a checkpoint.
+        second: what it is compared with.
+        report: what is found goes here.
+        registry: the plugins.
+        values: whether to read all tensors.
+        sinks: whether to read the sinks where not all is read; they are tiny.
+        workers: pieces at work side by side.
+        progress: called with the bytes just read, from any thread.
 
     Returns:
         whether the report is whole; False in all but one of several processes.
@@ -172,14 +194,19 @@ def check(
     for one in checkpoints:
         report.findings += _complete(one)
     for validator in (v for v in validators if v.stage == "model"):
-        try:
-            report.findings += validator.check(first, second)
-        except ConvertError as error:  # a file that is read only now
-            report.findings += _found(" and ".join(report.paths), error)
+        report.look(validator.check, first, second)
+    if sinks:
+        report.look(zero_sinks, first)
     if values:
         crew = current_crew()
         share = compare_values(
-            first, second, validators, workers=workers, progress=progress, crew=crew
+            first,
+            second,
+            validators,
+            codecs=registry.codecs().values(),
+            workers=workers,
+            progress=progress,
+            crew=crew,
         )
         report.values = together(share, crew, first, second)
         if report.values is None:
@@ -210,19 +237,32 @@ def _complete(of: Logical) -> Iterator[Finding]:
 
 def _different(values: Values, tolerance: float) -> Iterator[Finding]:
     """Tensors further apart than they may be."""
+    named = {finding.where for finding in values.findings if finding.severity == "error"}
     for tensor in values.tensors.values():
         found = tensor.difference
         if found.is_equal or found.relative <= tolerance:
             continue
+        if found.squares == 0:  # all that differs is NaN or infinite, and was told
+            continue
         share = (found.elements - found.equal) / found.elements
         near = f"at a relative error of {found.relative:.3g} and a largest of {found.largest:.3g}"
-        yield Finding(
-            "error",
-            tensor.name,
-            f"differs in {found.elements - found.equal:,} elements ({share:.2%}), {near}",
-            f"if the checkpoints may differ so far, say --tolerance {_next(found.relative)}",
-        )
+        if not found.powers[0]:
+            near = f"where A has only zeros; the largest is {found.largest:.3g}"
+        remedy = "make B again from the model that A is"
+        if tensor.name in named:
+            remedy = ""  # the mistake that was found is to be mended, and not to be tolerated
+        elif found.relative < 1:
+            remedy = f"if the checkpoints may differ so far, say --tolerance {_allowing(found)}"
+        what = f"differs in {found.elements - found.equal:,} elements ({share:.2%}), {near}"
+        yield Finding("error", tensor.name, what, remedy)
 
 
-def _next(relative: float) -> str:
-    return f"{relative * 1.1:.1g}" if relative < 1 else "inf"
+def _allowing(found: Difference) -> str:
+    """The least tolerance of two digits that lets a difference pass."""
+    step = 10.0 ** (math.floor(math.log10(found.relative)) - 1)
+    return f"{math.ceil(1.001 * found.relative / step) * step:.2g}"
+
+
+def plain(logits: dict[str, Any]) -> dict[str, Any]:
+    """Their figures for JSON: null for what is not defined."""
+    return {name: finite(x) if isinstance(x, float) else x for name, x in logits.items()}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gptoss_convert.compare import finite
 from gptoss_convert.dtypes import from_torch_name, torch_dtype
 from gptoss_convert.errors import ConvertError
 from gptoss_convert.layout import Layout
@@ -62,6 +62,7 @@ def hugging_face_logits(
     from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config, utils
 
     utils.logging.disable_progress_bar()
+    utils.logging.set_verbosity_error()  # what it warns of is looked at by verify itself
     more: dict[str, Any] = {}
     if quantized:
         more["quantization_config"] = Mxfp4Config(dequantize=True)
@@ -204,10 +205,6 @@ def compare_logits(first: Tensor, second: Tensor) -> dict[str, Any]:
         "kl_mean": float(kl.mean()),
         "kl_max": float(kl.max()),
         "argmax_agreement": float((one.argmax(1) == two.argmax(1)).double().mean()),
-        "relative_error_by_position": [_plain(x) for x in per_position.tolist()],
-        "kl_by_position": [_plain(x) for x in kl.tolist()],
+        "relative_error_by_position": [finite(x) for x in per_position.tolist()],
+        "kl_by_position": [finite(x) for x in kl.tolist()],
     }
-
-
-def _plain(number: float) -> float | None:
-    return number if math.isfinite(number) else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+import math
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -12,6 +13,22 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 F = TypeVar("F", bound="Callable[..., object]")
+
+
+class Tolerance(click.FloatRange):
+    """A number from 0 on; NaN, which nothing is less or more than, is none."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As its base does."""
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is no number.", param, ctx)
+        return number
+
+
 _OPTIONS = (
     click.option(
         "--prompt-length",
@@ -30,7 +47,7 @@ _OPTIONS = (
     ),
     click.option(
         "--logits-tolerance",
-        type=click.FloatRange(0),
+        type=Tolerance(),
         help="Relative error of the logits; 1e-4 in float32, 0.1 in bfloat16 if left out.",
     ),
 )

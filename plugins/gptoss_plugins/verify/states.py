@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gptoss_convert import Finding, PadVocab
-from gptoss_convert.logical import shapes_of
+from gptoss_convert.logical import in_common, pieces, read, shapes_of
+from gptoss_convert.scratch import Scratch
 from gptoss_convert.types import Pair, Validator
 from gptoss_plugins.verify.configs import config_kept, config_of_gpt_oss
 from gptoss_plugins.verify.orders import experts_in_order
@@ -42,15 +43,28 @@ def sinks_not_zero(pair: Pair) -> Iterator[Finding]:
     """Attention sinks were loaded, not left as they were made."""
     if not pair.name.endswith(SINKS):
         return
-    for tensor in (pair.first, pair.second):
-        if tensor is not None and not tensor.any():
-            yield Finding(
-                "error",
-                pair.name,
-                "zero sinks: they were left as they were made, and never loaded",
-                "convert the model again with a tool that carries them",
-            )
-            return
+    both = (pair.first,) if pair.second is None else (pair.first, pair.second)
+    zero = [name for name, tensor in zip("AB", both, strict=False) if not tensor.any()]
+    if zero:
+        whose = "" if pair.second is None else f" in {' and '.join(zero)}"
+        yield Finding(
+            "error",
+            pair.name,
+            f"zero sinks{whose}: they were left as they were made, and never loaded",
+            "convert the model again with a tool that carries them",
+        )
+
+
+def zero_sinks(of: Logical) -> Iterator[Finding]:
+    """The same of a checkpoint of which nothing else is read."""
+    for key, step in of.steps.items():
+        if not key[0].endswith(SINKS):
+            continue
+        ((piece, _),) = pieces(step, None, 1 << 62)
+        part = read(of, piece, Scratch(), in_order=True)
+        for name, sinks, _ in in_common(key, part, None):
+            shape = shapes_of(key, step)[name]
+            yield from sinks_not_zero(Pair(name, step.layer, shape, sinks, None, True, True))
 
 
 def padding_zero(first: Logical, second: Logical | None) -> Iterator[Finding]:

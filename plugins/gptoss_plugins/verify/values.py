@@ -15,15 +15,16 @@ from gptoss_convert.plan import step_bytes_in
 from gptoss_convert.scratch import Scratch
 from gptoss_convert.types import Finding, Pair
 from gptoss_plugins.mxfp4 import BLOCK
+from gptoss_plugins.verify.finite import not_finite, spoiled_by_design
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
     from gptoss_convert.crew import Crew
     from gptoss_convert.execute import Progress
     from gptoss_convert.pieces import Piece
     from gptoss_convert.plan import Step
-    from gptoss_convert.types import Validator
+    from gptoss_convert.types import Codec, Validator
 
 PIECE_BYTES = 8 << 20  # logical bytes of one checkpoint
 MOST_WORKERS = 4  # each holds a piece of both checkpoints
@@ -78,6 +79,7 @@ def compare_values(
     second: Logical | None,
     validators: Iterable[Validator] = (),
     *,
+    codecs: Iterable[Codec] = (),
     workers: int | None = None,
     progress: Progress = lambda nbytes: None,
     crew: Crew | None = None,
@@ -88,6 +90,7 @@ def compare_values(
         first: a checkpoint.
         second: what it is compared with; without one only the first is looked at.
         validators: those of stage ``values`` see every piece.
+        codecs: that a source may have been kept of, with the values that it cannot hold.
         workers: pieces at work side by side.
         progress: called with the bytes just read, from any thread.
         crew: the processes at it; this one reads its share.
@@ -97,7 +100,7 @@ def compare_values(
 
     count = workers or max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0))))
     looks = [v.check for v in validators if v.stage == "values"]
-    work = _Work(first, second, looks, progress)
+    work = _Work(first, second, looks, progress, spoiled_by_design(first, codecs))
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, before // count))
     try:
@@ -131,8 +134,10 @@ class _Work:
         second: Logical | None,
         looks: list[Callable[[Pair], Iterable[Finding]]],
         progress: Progress,
+        meant: Collection[str],
     ) -> None:
-        self._first, self._second = first, second
+        self._first, self._second, self._is_pair = first, second, second is not None
+        self._meant = meant
         self._looks, self._progress = looks, progress
         self._sums: dict[str, Difference] = {}
         self._about: dict[str, tuple[int | None, tuple[int, ...], tuple[str, ...]]] = {}
@@ -192,17 +197,6 @@ class _Work:
             for name in key:
                 if name in self._sums:
                     made.tensors[name] = Compared(name, *self._about[name], self._sums[name])
-                    made.findings += _not_finite(name, self._sums[name])
+                    meant = name in self._meant
+                    made.findings += not_finite(name, self._sums[name], self._is_pair, meant=meant)
         return made
-
-
-def _not_finite(name: str, found: Difference) -> Iterator[Finding]:
-    ours, theirs = found.nonfinite
-    if ours or theirs:
-        count = f"{ours:,}" if ours == theirs else f"{ours:,} and {theirs:,}"
-        yield Finding(
-            "warning" if ours == theirs else "error",
-            name,
-            f"{count} values are NaN or infinite",
-            "mend the training or the source that made them",
-        )
