@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -57,6 +59,7 @@ def data() -> None:
 @revision_option
 @megatron_option
 @click.option("--tokenizer", type=Folder(), help="Folder with tokenizer.json.")
+@click.option("--byte-level", is_flag=True, help="A token per byte, as the tiny recipes have.")
 @click.option(
     "--workers", type=click.IntRange(1), default=None, help="Processes; one per core if left out."
 )
@@ -71,6 +74,7 @@ def preprocess_(
     output_prefix: Path,
     json_key: str,
     append_eod: bool,
+    byte_level: bool,
     workers: int | None,
     overwrite: bool,
     no_progress: bool,
@@ -79,19 +83,26 @@ def preprocess_(
 ) -> None:
     """Tokenize documents into megatron-core's indexed dataset.
 
-    The tokenizer is that of --hf-model, --megatron-path or --tokenizer. Killed and run again, it goes on
+    The tokenizer is that of --hf-model, --megatron-path or --tokenizer, or has a token per byte. Killed and run again, it goes on
     where it was; the bytes are the same, whatever the number of processes.
     """
     from gptoss_convert.progress import reporting
+    from gptoss_plugins.data.byte_level import byte_level_files
     from gptoss_plugins.data.preprocess import Job, preprocess
     from gptoss_plugins.data.units import find_files
     from gptoss_plugins.infer.options import wanted_of
     from gptoss_plugins.infer.session import tokenizer_files
 
     _require_megatron()
-    files, where = tokenizer_files(wanted_of(rest), registry_of(ctx), choice_of(**rest))
     total = sum(path.stat().st_size for path in find_files(inputs))
-    with reporting("tokenize", total, show=not no_progress) as progress:
+    with contextlib.ExitStack() as stack:
+        if byte_level:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="gptoss-convert-bytes-")))
+            for name, data_ in byte_level_files().items():
+                (folder / name).write_bytes(data_)
+            rest["tokenizer"] = folder
+        files, where = tokenizer_files(wanted_of(rest), registry_of(ctx), choice_of(**rest))
+        progress = stack.enter_context(reporting("tokenize", total, show=not no_progress))
         found = preprocess(
             inputs,
             output_prefix,

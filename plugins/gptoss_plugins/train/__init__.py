@@ -89,7 +89,10 @@ def _show(
 
 @hookimpl
 def gptoss_convert_commands() -> Iterator[click.Command]:
-    """One."""
+    """Two."""
+    from gptoss_plugins.train.command import train_command
+
+    yield train_command
     yield show_recipes
 
 

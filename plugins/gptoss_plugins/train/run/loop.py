@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import signal
 import time
@@ -59,6 +60,7 @@ def run(
         ConvertError: the data, the checkpoint or the layout does not fit.
 
     """
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)  # it tells what it is made of
     with ExitStack() as stack:
         place = stack.enter_context(world_of(layout_of(config.model), device))
         stop = stack.enter_context(_Stop(config.train.exit_signal_handler))

@@ -1,0 +1,279 @@
+"""``train``: megatron-core's losses are transformers' own, in every layout and however often it stops."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of megatron-core, about what is not installed
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+TEXT = Path(__file__).parents[1] / "docs"  # any text will do
+STEPS = 20
+# overrides, ranks
+LAYOUTS = {
+    "tp2": (["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"], 2),
+    "pp2": (["model.pipeline_model_parallel_size=2"], 2),
+    "ep2": (["model.expert_model_parallel_size=2"], 2),
+    "dp2": ([], 2),
+    "tp2 ep2": (
+        [
+            "model.tensor_model_parallel_size=2",
+            "model.sequence_parallel=true",
+            "model.expert_model_parallel_size=2",
+        ],
+        2,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small indexed dataset of bytes."""
+    folder = tmp_path_factory.mktemp("data")
+    texts = [path.read_text() for path in sorted(TEXT.glob("*.md"))]
+    (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    command = ["data", "preprocess", "--input", folder / "text.jsonl", "--byte-level"]
+    run = [sys.executable, "-m", "gptoss_convert", *map(str, command)]
+    subprocess.run([*run, "--output-prefix", str(folder / "text")], check=True, capture_output=True)
+    return folder / "text"
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """transformers' model of the tiny size, with weights that make every part count."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    from gptoss_plugins.train.architecture import hf_config
+    from gptoss_plugins.train.config import ModelConfig
+
+    config = {k: v for k, v in hf_config(ModelConfig(size="tiny")).items() if k != "architectures"}
+    model = GptOssForCausalLM(GptOssConfig(**config)).float()
+    noise = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            values = 0.1 * torch.randn(weight.shape, generator=noise)
+            weight.copy_(values + 1 if "norm" in name else values)
+    folder = tmp_path_factory.mktemp("start") / "hf"
+    model.save_pretrained(folder)
+    return folder
+
+
+def words(data: Path, *more: str) -> list[str]:
+    cache = data.parent / "cache"
+    return [
+        *("train", "--recipe", "tiny_pretrain_config", "--device", "cpu", "--json"),
+        *(f"dataset.blend=[{data}]", f"dataset.path_to_cache={cache}", "logger.log_interval=1"),
+        *(f"train.train_iters={STEPS}", "scheduler.lr_warmup_iters=3", "train.eval_iters=0"),
+        *more,
+    ]
+
+
+def lines_of(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: list[dict[str, Any]] = json.loads(done.stdout[done.stdout.index("{") :])["lines"]
+    return [line for line in found if "loss" in line]
+
+
+def losses_of(done: subprocess.CompletedProcess[str]) -> list[float]:
+    return [line["loss"] for line in lines_of(done)]
+
+
+def launched(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    return subprocess.run(
+        [*launch, "-m", "gptoss_convert", *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path, start: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One process, undisturbed: its lines and its checkpoints."""
+    save = tmp_path_factory.mktemp("alone") / "run"
+    ends = [f"checkpoint.pretrained_checkpoint={start}", f"checkpoint.save={save}"]
+    command = words(data, *ends, "checkpoint.load=null", "checkpoint.save_interval=8")
+    done = subprocess.run(
+        [sys.executable, "-m", "gptoss_convert", *command],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    return {"lines": lines_of(done), "save": save}
+
+
+def test_losses_are_those_of_transformers(data: Path, start: Path, alone: dict[str, Any]) -> None:
+    """A plain loop over transformers' model with torch's AdamW: same start, data and rates."""
+    from transformers import GptOssForCausalLM
+
+    from gptoss_plugins.train.recipes import tiny_pretrain_config
+    from gptoss_plugins.train.run.data import Tokens, batches_of, build_datasets
+
+    config = tiny_pretrain_config().having(
+        dataset={"blend": ((str(data),), None), "path_to_cache": str(data.parent / "cache")},
+        train={"train_iters": STEPS, "eval_iters": 0},
+    )
+    samples, _ = build_datasets(config, Tokens("bytes", 272, 256, 257))
+    model = GptOssForCausalLM.from_pretrained(start, dtype=torch.float32).train()
+    named = dict(model.named_parameters())
+    bare = [p for n, p in named.items() if n.endswith("bias") or "norm" in n or "sinks" in n]
+    kept = [p for p in named.values() if all(p is not other for other in bare)]
+    groups = [{"params": kept, "weight_decay": 0.033}, {"params": bare, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    cpu = torch.device("cpu")
+    for step, line in enumerate(alone["lines"]):
+        for group in optimizer.param_groups:
+            group["lr"] = line["lr"]
+        optimizer.zero_grad()
+        batches = batches_of(samples, step * 16, 16, config, (0, 1), cpu)
+        losses = []
+        for batch in batches:
+            logits = model(batch.tokens).logits.flatten(0, 1)
+            losses.append(torch.nn.functional.cross_entropy(logits, batch.labels.flatten()))
+        loss = torch.stack(losses).mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(named.values(), 1e9)
+        optimizer.step()
+        assert line["loss"] == pytest.approx(loss.item(), abs=1e-4)
+        assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+    assert alone["lines"][-1]["loss"] < alone["lines"][0]["loss"] - 0.5
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "tp2 ep2" else pytest.mark.slow) for n in LAYOUTS]
+)
+def test_every_layout(name: str, data: Path, start: Path, alone: dict[str, Any]) -> None:
+    layout, ranks = LAYOUTS[name]
+    ends = [f"checkpoint.pretrained_checkpoint={start}", "checkpoint.save=null"]
+    done = launched(ranks, *words(data, *ends, "checkpoint.load=null", *layout))
+    for ours, line in zip(lines_of(done), alone["lines"], strict=True):
+        assert ours["loss"] == pytest.approx(line["loss"], abs=1e-4)
+        assert ours["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-3)
+
+
+def again(alone: dict[str, Any], place: Path) -> Path:
+    """The run, as if it had been killed after its second checkpoint."""
+    shutil.copytree(alone["save"], place)
+    shutil.rmtree(place / f"iter_{STEPS:07}")
+    (place / "latest_checkpointed_iteration.txt").write_text("16\n")
+    return place
+
+
+def test_resumed_runs_are_undisturbed(
+    data: Path, alone: dict[str, Any], tmp_path: Path, invoke: Run
+) -> None:
+    place = again(alone, tmp_path / "run")
+    done = invoke(*words(data, f"checkpoint.save={place}", f"checkpoint.load={place}"))
+    assert losses_of(done) == [line["loss"] for line in alone["lines"][16:]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_resumed_at_another_layout(
+    name: str, data: Path, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    place, (layout, ranks) = again(alone, tmp_path / "run"), LAYOUTS[name]
+    ends = [f"checkpoint.save={place}", f"checkpoint.load={place}"]
+    losses = losses_of(launched(ranks, *words(data, *ends, *layout)))
+    assert losses == pytest.approx([line["loss"] for line in alone["lines"][16:]], abs=1e-4)
+
+
+def test_what_was_trained_goes_anywhere(alone: dict[str, Any], tmp_path: Path, invoke: Run) -> None:
+    """export gives transformers a model with the same logits; verify passes; generate talks."""
+    assert (
+        invoke("export", "--megatron-path", alone["save"], "--hf-path", tmp_path / "hf").returncode
+        == 0
+    )
+    done = invoke("verify", tmp_path / "hf", alone["save"], "--logits", "--prompt-length", 150)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = invoke("generate", "--megatron-path", alone["save"], "--prompt", "The ", "--json")
+    assert said.returncode == 0, said.stderr
+    (row,) = json.loads(said.stdout)["results"]
+    assert row["prompt_ids"] == list(b"The ")
+    assert len(row["ids"]) == 20
+
+
+def test_sigterm_saves(data: Path, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    more = ["train.train_iters=10000", f"checkpoint.save={save}", f"checkpoint.load={save}"]
+    command = words(data, *more, f"logger.log_file={tmp_path / 'lines'}")
+    running = subprocess.Popen(
+        [sys.executable, "-m", "gptoss_convert", *command], stdout=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "lines").exists():
+        assert running.poll() is None
+        time.sleep(0.1)
+    running.send_signal(signal.SIGTERM)
+    out, _ = running.communicate(timeout=120)
+    assert running.returncode == 0
+    found = json.loads(out[out.index("{") :])
+    assert found["finished"] is False
+    tracker = (save / "latest_checkpointed_iteration.txt").read_text()
+    assert int(tracker) == found["steps"] > 0
+
+
+def test_only_the_newest_are_kept(data: Path, tmp_path: Path, invoke: Run) -> None:
+    ends = [f"checkpoint.save={tmp_path / 'run'}", "checkpoint.load=null"]
+    more = ["train.train_iters=4", "scheduler.lr_warmup_iters=1", "checkpoint.save_interval=1"]
+    done = invoke(*words(data, *ends, *more, "checkpoint.most_recent_k=2"))
+    assert done.returncode == 0, done.stderr
+    kept = sorted(p.name for p in (tmp_path / "run").glob("iter_*"))
+    assert kept == ["iter_0000003", "iter_0000004"]
+
+
+def test_a_failed_save_leaves_the_last_good_one(
+    data: Path, alone: dict[str, Any], tmp_path: Path, invoke: Run, tree: Any
+) -> None:
+    from gptoss_plugins.train.run import saving
+
+    place = again(alone, tmp_path / "run")
+    before = tree(place)
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "somewhere")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "write_note", fail)
+        done = invoke(*words(data, f"checkpoint.save={place}", f"checkpoint.load={place}"))
+    assert done.returncode == 4
+    assert "the disk is full" in done.stderr
+    after = {name: digest for name, digest in tree(place).items() if not name.startswith(".")}
+    assert after == before
+
+
+REFUSED = {
+    "no data": (["dataset.blend=[/nowhere/text]"], "/nowhere/text.bin"),
+    "a typo": (["train.train_iter=3"], "train_iters"),
+    "no layout": (["model.tensor_model_parallel_size=3"], "3"),
+    "another model": (
+        ["checkpoint.pretrained_checkpoint={start}", "model.num_layers=3"],
+        "num_layers",
+    ),
+    "no checkpoint": (["checkpoint.pretrained_checkpoint=/nowhere/hf"], "/nowhere/hf"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_one_sentence(
+    case: str, data: Path, start: Path, tmp_path: Path, invoke: Run
+) -> None:
+    more, sentence = REFUSED[case]
+    ends = [f"checkpoint.save={tmp_path / 'run'}", "checkpoint.load=null"]
+    done = invoke(*words(data, *ends, *(word.format(start=start) for word in more)))
+    assert done.returncode in (1, 2)
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
