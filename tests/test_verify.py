@@ -513,12 +513,28 @@ def test_a_copy_of_the_config_that_says_the_same_in_other_words(
         for field in ("add_bias_linear", "moe_router_pre_softmax", "rotary_percent", "vocab_size"):
             del model[field]
         model |= {"window_attn_skip_freq": [1, 0, 1], "seq_length": 4096}
+        model |= {"yarn_mscale": 1.0, "yarn_mscale_all_dim": 0.0}
 
     edit_run_config(good, reworded)
     found = facts(invoke("verify", originals["bf16"], good, "--json"))
     assert [(f["severity"], f["what"]) for f in found["findings"]] == [
         ("warning", "seq_length is 4096, not 131072")
     ]
+
+
+def test_args_as_megatron_lm_has_them(imported: Path, tmp_path: Path, invoke: Run) -> None:
+    """Without the fields for which it has other names, and with those."""
+    good = without_manifest(imported, tmp_path / "good")
+    (path,) = good.glob("iter_*/common.pt")
+    stored = torch.load(path, weights_only=False)
+    args = vars(stored["args"])
+    for field in ("gated_linear_unit", "layernorm_epsilon", "num_moe_experts", "yarn_mscale"):
+        del args[field]
+    del args["share_embeddings_and_output_weights"], args["yarn_rotary_scaling_factor"]
+    args |= {"mscale": 1.0, "mscale_all_dim": 0.0, "vocab_size": None, "seq_length": 131072}
+    torch.save(stored, path)
+    found = facts(invoke("verify", good, "--json"))
+    assert [f["severity"] for f in found["findings"]] == ["info"]
 
 
 @pytest.mark.parametrize("form", ["torch_dist", "torch"])

@@ -91,6 +91,7 @@ def verify(
     """
     from gptoss_convert.convert import open_source
     from gptoss_convert.crew import current_crew
+    from gptoss_convert.errors import ConvertError
     from gptoss_convert.progress import reporting
     from gptoss_plugins.verify.checking import Report, check, check_bytes, open_both
     from gptoss_plugins.verify.printing import print_report
@@ -109,9 +110,12 @@ def verify(
         check_bytes(first, report, workers=workers, show=not no_progress)
     reference = None
     if hf_model:
-        reference = open_source(
-            hf_model, "hf", registry=registry, revision=hf_revision, headers_only=True
-        ).config
+        try:
+            reference = open_source(
+                hf_model, "hf", registry=registry, revision=hf_revision, headers_only=True
+            ).config
+        except ConvertError as error:
+            report.take(hf_model, error)
     opened = open_both(paths, registry, choice, report, reference=reference, revision=hf_revision)
     report.formats = [one.format for one in opened]
     wanted = bool(second) if values is None else values

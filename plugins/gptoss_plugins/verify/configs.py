@@ -7,6 +7,7 @@ them, so all are looked at.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from gptoss_convert import Finding, PadVocab
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from gptoss_convert.types import TensorSource
 
 YARN, WINDOW, SINKS_OFF = "YaRN constants lost", "sliding window lost", "sinks switched off"
+_MSCALES = ("yarn_mscale", "yarn_mscale_all_dim")
 _RESTORE = "restore the model's own config"
 _ORIGINAL = 4096  # positions that GPT-OSS has without YaRN
 
@@ -179,9 +181,24 @@ def _alike(name: str, wanted: Mapping[str, Any], found: Mapping[str, Any], rows:
     if name == "window_attn_skip_freq":
         layers = wanted["num_layers"]
         return _windows(value, layers) == _windows(right, layers)
+    if name in _MSCALES:
+        return _concentration(wanted, found) == _concentration(wanted, wanted)
     if isinstance(right, (list, tuple)) and isinstance(value, (list, tuple)):
         return list(right) == list(value)
     return bool(right == value)
+
+
+def _concentration(model: Mapping[str, Any], found: Mapping[str, Any]) -> float | None:
+    """What YaRN multiplies sines and cosines by, as megatron-core has it, which is what both mscales
+    are for: Megatron-LM's 1.0 and 0.0 are the same as none.
+    """
+    scale = math.log(max(1.0, model.get("yarn_rotary_scaling_factor") or 1.0))
+    over, under = (found.get(name) for name in _MSCALES)
+    if over is None or under is None:
+        over, under = 1.0, 0.0
+    if not all(isinstance(one, (int, float)) for one in (over, under)):
+        return None
+    return float((0.1 * over * scale + 1) / (0.1 * under * scale + 1))
 
 
 def _value(name: str, found: Mapping[str, Any]) -> Any:
