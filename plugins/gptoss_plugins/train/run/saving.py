@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
@@ -40,7 +41,12 @@ if TYPE_CHECKING:
 
 STATE = "gptoss_train_state.json"
 _MOST_STATE = 1 << 20  # bytes
-_CONTENT = {"singleton_local_shards": False}
+# As Megatron-LM has it: the optimizer's state under the weights' own names, for any layout to load.
+_CONTENT = {
+    "singleton_local_shards": False,
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,7 @@ def resume(folder: Path, trainee: Trainee, *, with_optimizer: bool) -> Progress:
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / STATE}: is damaged ({error}); use another one") from None
+    _prepare_to_load(trainee.optimizer, progress.step)
     wanted = _state(trainee, with_optimizer=with_optimizer, loading=True)
     _only_tensors(wanted)
     with with_own_pickles(folder) as copy, warnings.catch_warnings():
@@ -167,8 +174,7 @@ def resume(folder: Path, trainee: Trainee, *, with_optimizer: bool) -> Progress:
         model.load_state_dict(extra | loaded[f"model{number}"], strict=True)
     if with_optimizer:
         state = _merged(wanted["optimizer"], loaded["optimizer"])
-        for part in [state] if "state" in state else state.values():
-            part["state"]["common_step"] = torch.tensor(float(progress.step))
+        _set_step(state, progress.step)
         trainee.optimizer.load_state_dict(state)
     else:
         trainee.optimizer.reload_model_params()
@@ -185,8 +191,43 @@ def _state(trainee: Trainee, *, with_optimizer: bool, loading: bool = False) -> 
     }
     if with_optimizer:
         models = state if len(trainee.live.models) > 1 else state["model0"]
-        state["optimizer"] = trainee.optimizer.sharded_state_dict(models, is_loading=loading)
+        state["optimizer"] = trainee.optimizer.sharded_state_dict(
+            models, is_loading=loading, metadata=metadata
+        )
     return state
+
+
+def _prepare_to_load(optimizer: Any, step: int) -> None:
+    """Make distributed optimizers load the moments of torch's AdamW.
+
+    megatron-core 0.16 is made for Apex's and Transformer Engine's Adam, whose state has no step: with
+    torch's it asks for one before there is any, and later looks for it among the tensors.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if not isinstance(part, DistributedOptimizer) or part.is_stub_optimizer:
+            continue
+        state = part.optimizer.state
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not state[parameter]:
+                    moments = {k: torch.zeros_like(parameter) for k in ("exp_avg", "exp_avg_sq")}
+                    state[parameter] = {"step": torch.zeros(()), **moments}
+        done = {"step": torch.tensor(float(step))}
+        stock = part._set_main_param_and_optimizer_states
+        part._set_main_param_and_optimizer_states = lambda of, tensors, stock=stock, done=done: (
+            stock(of, {**done, **tensors})
+        )
+
+
+def _set_step(state: dict[Any, Any], step: int) -> None:
+    """How many steps the moments are of, wherever an optimizer keeps that."""
+    one = any(key in state for key in ("optimizer", "param_groups"))
+    for part in [state] if one else state.values():
+        inner = part.get("optimizer", part)
+        if inner.get("state"):
+            inner["state"]["common_step"] = torch.tensor(float(step))
+        for group in inner["param_groups"] if "param_state" in part else ():
+            group["step"] = step
 
 
 def _merged(own: Any, loaded: Any) -> Any:
