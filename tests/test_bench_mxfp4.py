@@ -36,6 +36,7 @@ def flip(tensor: torch.Tensor) -> None:
     tensor.copy_(flat.view(tensor.dtype).view(tensor.shape))
 
 
+@pytest.mark.slow
 def test_check_only_passes() -> None:
     command = [sys.executable, str(FOLDER / "bench_mxfp4.py"), "--check-only", "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -68,7 +68,7 @@ def made(prefix: Path) -> tuple[bytes, bytes]:
     return Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_bytes_of_megatron_core(
     workers: int, job: Job, source: Path, expected: Any, tmp_path: Path
 ) -> None:

@@ -68,9 +68,9 @@ def load(hf: Path, megatron: Path, ranks: int, *flags: str) -> tuple[int, dict[s
     ("tp", "pp", "ep", "flags"),
     [
         (1, 1, 1, ["--run-config"]),
-        (2, 1, 1, []),
-        (1, 2, 1, []),
-        (1, 1, 2, []),
+        pytest.param(2, 1, 1, [], marks=pytest.mark.slow),
+        pytest.param(1, 2, 1, [], marks=pytest.mark.slow),
+        pytest.param(1, 1, 2, [], marks=pytest.mark.slow),
         (2, 1, 2, []),
         (2, 2, 2, ["--sequence-parallel"]),
     ],

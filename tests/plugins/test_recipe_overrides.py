@@ -265,6 +265,7 @@ PIECES = ["rng", "seed", "dataset", "kind", ": ", "\n", "  ", "- ", "{", "}", "[
 
 
 @settings(max_examples=100, deadline=None)
+@example(text="!!float ")
 @given(text=st.lists(st.sampled_from(PIECES), max_size=12).map("".join) | st.text(max_size=20))
 def test_any_file_is_a_config_or_refused(
     tmp_path_factory: pytest.TempPathFactory, text: str

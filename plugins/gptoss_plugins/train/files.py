@@ -67,8 +67,8 @@ def _loaded(path: Path) -> Any:
         return yaml.load(text, _Loader)  # a SafeLoader
     except (
         yaml.YAMLError,
-        AttributeError,  # of tags that do not fit their values, as KeyError and TypeError
-        KeyError,
+        AttributeError,  # of tags that do not fit their values, as LookupError and TypeError
+        LookupError,
         RecursionError,
         TypeError,
         ValueError,
