@@ -57,7 +57,9 @@ class Checkpoint(click.ParamType[str]):
         return str(value)
 
 
-def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
+def together(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """One decorator that adds several options, in this order."""
+
     def apply(function: F) -> F:
         for option in reversed(options):
             function = option(function)
@@ -128,7 +130,7 @@ class Assignment(click.ParamType[tuple[str, str]]):
         return name.replace("-", "_"), setting
 
 
-decode_options = _options(
+decode_options = together(
     click.option(
         "--codec-backend",
         metavar="NAME",
@@ -141,7 +143,7 @@ decode_options = _options(
         help="Any option of the codec (repeatable).",
     ),
 )
-encode_options = _options(
+encode_options = together(
     click.option(
         "--scale-rule",
         metavar="NAME",
@@ -153,7 +155,7 @@ encode_options = _options(
         help="What the codec does with NaN and infinity: error (default), nan, saturate.",
     ),
 )
-common_options = _options(
+common_options = together(
     click.option("--model", metavar="NAME", help="Model family, where several would do."),
     click.option("--codec", metavar="NAME", help="Codec, where several would do."),
     click.option("--format", "format_", metavar="NAME", help="Format, where several would do."),
@@ -163,7 +165,7 @@ common_options = _options(
     click.option("--json", "as_json", is_flag=True, help="Result as JSON on stdout."),
     click.option("--debug", is_flag=True, help="Show where an error comes from."),
 )
-run_options = _options(
+run_options = together(
     click.option("--workers", type=click.IntRange(1), help="Layers written side by side."),
     click.option(
         "--max-memory", type=Bytes(), default="1GiB", show_default=True, help="Bytes in flight."
@@ -177,6 +179,18 @@ run_options = _options(
     ),
     click.option("--overwrite", is_flag=True, help="Replace the checkpoint at the target."),
     click.option("--no-progress", is_flag=True, help="No progress on stderr."),
+)
+
+
+computing_options = together(
+    click.option(
+        "--device",
+        type=click.Choice(["cpu", "cuda"]),
+        help="Where models run; CUDA where there is one.",
+    ),
+    click.option(
+        "--torch-dtype", type=DTYPES, help="Of the models; bfloat16 on a GPU, else float32."
+    ),
 )
 
 
@@ -199,7 +213,7 @@ def _size(*names: str, text: str) -> Callable[[F], F]:
     return click.option(*names, type=click.IntRange(1), default=1, show_default=True, help=text)
 
 
-sizes_options = _options(
+sizes_options = together(
     _size(
         "--tp", "--tensor-parallel-size", "--tensor-model-parallel-size", text="Tensor parallel."
     ),
@@ -218,7 +232,7 @@ sizes_options = _options(
         text="Tensor parallel within experts.",
     ),
 )
-layout_options = _options(
+layout_options = together(
     sizes_options,
     _size("--vpp", "--virtual-pipeline-model-parallel-size", text="Model chunks per stage."),
     click.option(

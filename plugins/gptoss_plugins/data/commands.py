@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gptoss_convert.errors import ConfigError
 from gptoss_convert.options import (
     Folder,
     common_options,
@@ -19,6 +18,7 @@ from gptoss_convert.options import (
     revision_option,
 )
 from gptoss_convert.program import choice_of, echo_json, registry_of
+from gptoss_plugins.gpt_model.installed import require_installed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -93,7 +93,7 @@ def preprocess_(
     from gptoss_plugins.infer.options import wanted_of
     from gptoss_plugins.infer.session import tokenizer_files
 
-    _require_megatron()
+    require_installed("writing an indexed dataset", "megatron", extras="megatron,data")
     total = sum(path.stat().st_size for path in find_files(inputs))
     with contextlib.ExitStack() as stack:
         if byte_level:
@@ -117,14 +117,4 @@ def preprocess_(
         click.echo(
             f"{found['documents']:,} documents, {found['tokens']:,} tokens: {output_prefix}.bin, "
             f"{output_prefix}.idx"
-        )
-
-
-def _require_megatron() -> None:
-    from importlib.util import find_spec
-
-    if not find_spec("megatron"):
-        raise ConfigError(
-            "an indexed dataset is written by megatron-core, which is not installed: "
-            "pip install 'gptoss-convert[megatron,data]'"
         )

@@ -181,11 +181,7 @@ def _tokenizer(job: Job) -> Any:
 
 
 def _end(tokenizer: Any) -> int:
-    """GPT-OSS's end of a text is ``<|endoftext|>``; ``<|return|>``, its eos, ends answers only."""
-    found = tokenizer.id_of("<|endoftext|>")
-    if found is None:
-        found = next(iter(tokenizer.stop_ids), None)
-    if found is None:
+    if (found := tokenizer.end_of_text) is None:
         raise UsageError(
             f"{tokenizer.where}: its tokenizer has no token that ends a text; say --no-append-eod"
         )

@@ -57,6 +57,7 @@ class Timing:
         decoding: seconds after that.
         prompt_tokens: read in this call; what the cache had from the call before is not among them.
         new_tokens: made, of all sequences.
+        new_tokens_after_first: the same without each sequence's first.
         steps: passes through the layers after the first token.
 
     """
@@ -65,14 +66,13 @@ class Timing:
     decoding: float = 0.0
     prompt_tokens: int = 0
     new_tokens: int = 0
+    new_tokens_after_first: int = 0
     steps: int = 0
 
     @property
     def tokens_per_second(self) -> float:
         """Of all sequences together, first tokens left out; 0 if there were no others."""
         return self.new_tokens_after_first / self.decoding if self.decoding else 0.0
-
-    new_tokens_after_first: int = 0
 
 
 class Engine:

@@ -71,6 +71,7 @@ def generate(
     and --ep say: run it alone, or with python -m torch.distributed.run --nproc_per_node=N. Several
     prompts are one batch.
     """
+    from gptoss_plugins.infer.harmony import stop_ids
     from gptoss_plugins.infer.session import open_session
 
     if not prompts and prompt_file is None:
@@ -101,7 +102,7 @@ def generate(
         ]
         session.require_known(asked)
         if as_chat:
-            session.engine.stop_ids = frozenset(_chat_stops(session.tokenizer))
+            session.engine.stop_ids = frozenset(stop_ids(session.tokenizer))
         show, kind = session.rank == 0 and not as_json, Harmony if as_chat else Plain
         live = show and len(asked) == 1
         speakers = [kind(session.tokenizer, stops, show=live) for _ in asked]
@@ -155,12 +156,6 @@ def _asked(text: str, tokenizer: Tokenizer, reasoning: str | None, system: str |
     conversation = Conversation(tokenizer, reasoning, system)
     conversation.add_user(text)
     return conversation.prompt_ids()
-
-
-def _chat_stops(tokenizer: Tokenizer) -> Sequence[int]:
-    from gptoss_plugins.infer.harmony import stop_ids
-
-    return stop_ids(tokenizer)
 
 
 def _json(

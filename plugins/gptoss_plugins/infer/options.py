@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import click
 
 from gptoss_convert.options import (
-    DTYPES,
     Folder,
     common_options,
+    computing_options,
     decode_options,
     hf_model_option,
     megatron_option,
     revision_option,
     sizes_options,
+    together,
 )
 from gptoss_plugins.infer.harmony import EFFORTS
 from gptoss_plugins.infer.sampling import Sampling
 from gptoss_plugins.infer.session import Wanted
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-F = TypeVar("F", bound="Callable[..., object]")
-_MODEL = (
+model_options = together(
     hf_model_option,
     revision_option,
     megatron_option,
@@ -35,16 +32,11 @@ _MODEL = (
         help="Folder with tokenizer.json, where the checkpoint has none.",
     ),
     sizes_options,
-    click.option(
-        "--device",
-        type=click.Choice(["cpu", "cuda"]),
-        help="Where the model runs; CUDA where there is one.",
-    ),
-    click.option(
-        "--torch-dtype", type=DTYPES, help="Of the model; bfloat16 on a GPU, else float32."
-    ),
+    computing_options,
+    decode_options,
+    common_options,
 )
-_SAMPLING = (
+sampling_options = together(
     click.option(
         "--max-new-tokens",
         type=click.IntRange(1),
@@ -80,7 +72,7 @@ _SAMPLING = (
         help="Of draws.",
     ),
 )
-_CHAT = (
+chat_options = together(
     click.option(
         "--reasoning",
         type=click.Choice(EFFORTS),
@@ -90,30 +82,6 @@ _CHAT = (
     ),
     click.option("--system", metavar="TEXT", help="Instructions for the whole conversation."),
 )
-
-
-def _apply(options: tuple[Callable[[F], F], ...]) -> Callable[[F], F]:
-    def apply(function: F) -> F:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return apply
-
-
-def model_options(function: F) -> F:
-    """Which checkpoint, on what, in which layout."""
-    return _apply((*_MODEL, decode_options, common_options))(function)
-
-
-def sampling_options(function: F) -> F:
-    """How tokens are chosen, and how many."""
-    return _apply(_SAMPLING)(function)
-
-
-def chat_options(function: F) -> F:
-    """What harmony's system message says."""
-    return _apply(_CHAT)(function)
 
 
 def wanted_of(options: dict[str, Any]) -> Wanted:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import os
 import resource
@@ -12,10 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gptoss_convert.device import require_device
-from gptoss_convert.errors import ConfigError, PlanError, UsageError
+from gptoss_convert.errors import PlanError, UsageError
 from gptoss_convert.logical import open_logical
 from gptoss_convert.opening import open_source, own_config
 from gptoss_convert.progress import reporting
+from gptoss_plugins.gpt_model.installed import require_installed
 from gptoss_plugins.infer.tokenizer import VOCABULARY, load_tokenizer
 
 if TYPE_CHECKING:
@@ -134,7 +134,9 @@ def open_session(
         ConvertError: whatever is wrong, before any weight is read where that can be.
 
     """
-    _require_megatron()
+    require_installed(
+        "running the model", "megatron", "transformers", extras="megatron,transformers"
+    )
     require_device(device)
     checkpoint, files = _checkpoint(wanted, registry, choice)
     tokenizer = load_tokenizer(files, str(wanted.tokenizer or checkpoint.source.path))
@@ -215,12 +217,3 @@ def _in_folder(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise UsageError(f"--tokenizer {folder}: is no folder; name one")
     return {path.name: path for path in folder.iterdir() if path.is_file()}
-
-
-def _require_megatron() -> None:
-    for name in ("megatron", "transformers"):
-        if not importlib.util.find_spec(name):
-            raise ConfigError(
-                f"running the model needs {name}, which is not installed: "
-                f"pip install 'gptoss-convert[megatron,transformers]'"
-            )

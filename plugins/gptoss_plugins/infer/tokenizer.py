@@ -50,6 +50,14 @@ class Tokenizer:
         """The id of an added token such as ``<|start|>``, if there is one."""
         return self._ids.get(special)
 
+    @property
+    def end_of_text(self) -> int | None:
+        """The token between documents: ``<|endoftext|>``, as ``<|return|>``, GPT-OSS's eos, ends answers
+        only; else the first that ends a completion.
+        """
+        found = self.id_of("<|endoftext|>")
+        return found if found is not None else next(iter(self.stop_ids), None)
+
     def vocabulary(self) -> dict[str, int]:
         """The BPE vocabulary, added tokens apart: spelling -> id."""
         found: dict[str, int] = self._inner.backend_tokenizer.get_vocab(with_added_tokens=False)

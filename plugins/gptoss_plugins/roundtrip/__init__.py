@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from gptoss_convert.options import (
     revision_option,
 )
 from gptoss_convert.program import choice_of, echo_json, layout_of, registry_of, required
+from gptoss_plugins.gpt_model.installed import require_installed
 from gptoss_plugins.verify.options import logits_options
 
 if TYPE_CHECKING:
@@ -68,7 +68,9 @@ def roundtrip(
     """
     from gptoss_convert.logical import open_logical
 
-    _require_megatron()
+    require_installed(
+        "running both models", "megatron", "transformers", extras="megatron,transformers"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that Transformer Engine and Apex are not installed
         from gptoss_plugins.gpt_model.world import world_of
@@ -102,15 +104,6 @@ def roundtrip(
     echo_json(outcome.to_json()) if as_json else _print(outcome)
     if not outcome.is_good:
         ctx.exit(MISMATCH)
-
-
-def _require_megatron() -> None:
-    for name in ("megatron.core", "transformers"):
-        if not importlib.util.find_spec(name.partition(".")[0]):
-            raise ConfigError(
-                f"roundtrip runs both models, and {name} is not installed: "
-                f"pip install 'gptoss-convert[megatron,transformers]'"
-            )
 
 
 def _require_fit(*checkpoints: Any) -> None:

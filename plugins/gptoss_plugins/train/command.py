@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import click
 from gptoss_convert.device import require_device
 from gptoss_convert.errors import ConfigError, UsageError
 from gptoss_convert.program import echo_json, registry_of
+from gptoss_plugins.gpt_model.installed import require_installed
 
 if TYPE_CHECKING:
     from gptoss_plugins.train.config import TrainingConfig
@@ -63,8 +65,6 @@ def train_command(
     _require_what_is_here(config)
     require_device(device)
     lines = _Lines(config, show=rank == 0 and not as_json)
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that Transformer Engine and Apex are not installed
         from gptoss_plugins.train.run.loop import run
@@ -92,12 +92,7 @@ def train_command(
 
 
 def _require_what_is_here(config: TrainingConfig) -> None:
-    from importlib.util import find_spec
-
-    if not find_spec("megatron"):
-        raise ConfigError(
-            "training is megatron-core's, which is not installed: pip install 'gptoss-convert[train]'"
-        )
+    require_installed("training", "megatron", extras="train")
     if config.dataset.kind != "pretrain" or config.peft is not None:
         raise ConfigError(
             "only pretraining is here yet: choose a *_pretrain_config recipe (see: recipes)"

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import click
 
-from gptoss_convert.options import DTYPES
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-F = TypeVar("F", bound="Callable[..., object]")
+from gptoss_convert.options import computing_options, together
 
 
 class Tolerance(click.FloatRange):
@@ -29,7 +24,7 @@ class Tolerance(click.FloatRange):
         return number
 
 
-_OPTIONS = (
+logits_options = together(
     click.option(
         "--prompt-length",
         type=click.IntRange(2),
@@ -37,24 +32,10 @@ _OPTIONS = (
         show_default=True,
         help="Tokens; the sliding window has 128, YaRN's original length is 4096.",
     ),
-    click.option(
-        "--device",
-        type=click.Choice(["cpu", "cuda"]),
-        help="Of the models; CUDA where there is one.",
-    ),
-    click.option(
-        "--torch-dtype", type=DTYPES, help="Of the models; bfloat16 on a GPU, else float32."
-    ),
+    computing_options,
     click.option(
         "--logits-tolerance",
         type=Tolerance(),
         help="Relative error of the logits; 1e-4 in float32, 0.1 in bfloat16 if left out.",
     ),
 )
-
-
-def logits_options(function: F) -> F:
-    """``prompt_length``, ``device``, ``torch_dtype``, ``logits_tolerance``."""
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function

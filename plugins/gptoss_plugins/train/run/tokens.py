@@ -8,7 +8,7 @@ from gptoss_convert.errors import ConfigError
 from gptoss_convert.opening import open_source
 from gptoss_convert.untrusted import MOST_COMPANION, read_small
 from gptoss_plugins.data.byte_level import END, PADDING, SIZE, byte_level_files
-from gptoss_plugins.infer.tokenizer import VOCABULARY, load_tokenizer
+from gptoss_plugins.infer.tokenizer import load_tokenizer
 from gptoss_plugins.train.run.data import Tokens
 
 if TYPE_CHECKING:
@@ -46,8 +46,6 @@ def tokens_of(config: TrainingConfig, registry: Registry) -> tuple[Tokens, dict[
         for name, path in source.files.items()
         if name != _OWN
     }
-    end = tokenizer.id_of("<|endoftext|>")
-    if end is None:
-        end = next(iter(tokenizer.stop_ids), 0)
-    assert VOCABULARY in files
+    if (end := tokenizer.end_of_text) is None:
+        raise ConfigError(f"{where}: its tokenizer has no token that ends a text; name another one")
     return Tokens(where, len(tokenizer), end, end), files
