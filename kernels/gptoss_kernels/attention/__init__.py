@@ -12,16 +12,16 @@ tensor([1.])
 
 from __future__ import annotations
 
-import importlib
-import os
-from functools import cache
-from importlib.util import find_spec
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from gptoss_kernels import backends
+from gptoss_kernels.backends import BACKENDS
+
 __all__ = ["BACKENDS", "attend", "chosen"]
-BACKENDS = ("triton", "reference")  # best first
+chosen = partial(backends.chosen, "attention")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -74,41 +74,13 @@ def attend(
         raise ValueError(f"a window of {window} keys leaves nothing to see")
     if window is not None and window >= key.shape[1]:
         window = None  # which hides nothing
-    name = chosen(query.device, backend)
+    kernels = backends.load("attention", query.device, backend)
     if not query.numel():
         return query.new_empty(query.shape)
-    run = importlib.import_module(f"gptoss_kernels.attention.{name}").attend
-    made: Tensor = run(
+    made: Tensor = kernels.attend(
         query, key, value, sinks, scale=scale, offset=offset, begin=begin, window=window
     )
     return made
-
-
-def chosen(device: torch.device, backend: str | None = None) -> str:
-    """The backend of that name, or the best for the device.
-
-    Raises:
-        ValueError: there is none of that name, or it does not run here; one sentence.
-
-    """
-    if backend is None:
-        return "triton" if device.type == "cuda" and _has_triton() else "reference"
-    if backend not in BACKENDS:
-        raise ValueError(f"there is no attention backend {backend!r}; choose {', '.join(BACKENDS)}")
-    if backend == "triton":
-        if not _has_triton():
-            raise ValueError("the attention backend triton needs triton to be installed")
-        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(
-                "the attention backend triton needs a CUDA device "
-                "(or TRITON_INTERPRET=1, to try it out on a CPU)"
-            )
-    return backend
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def _check(

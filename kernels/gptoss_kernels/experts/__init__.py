@@ -8,8 +8,9 @@ Letters: T tokens, K experts that each chose, E experts, H hidden, I width of an
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
+
+from gptoss_kernels.backends import chosen
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +52,7 @@ class Activation(NamedTuple):
 
 def runs_on(tensor: Tensor) -> bool:
     """Whether :func:`mix` takes tensors of that device."""
-    return tensor.is_cuda and find_spec("triton") is not None
+    return chosen("experts", tensor.device) == "triton"
 
 
 def mix(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from gptoss_kernels.backends import triton_missing
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
@@ -50,19 +52,9 @@ def _numba(device: torch.device) -> str | None:
     return None if find_spec("numba") else "needs numba: pip install 'gptoss-convert[cpu]'"
 
 
-def _triton(device: torch.device) -> str | None:
-    import os
-
-    if not find_spec("triton"):
-        return "needs triton: pip install 'gptoss-convert[triton]'"
-    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    return "needs a CUDA device (or TRITON_INTERPRET=1, to try it out on a CPU)"
-
-
 AUTO = "auto"
 BACKENDS = {  # best first
-    "triton": Backend("triton", _triton),
+    "triton": Backend("triton", triton_missing),
     "numba": Backend("numba", _numba),
     "table": Backend("table", _anywhere),
     "reference": Backend("reference", _anywhere),
