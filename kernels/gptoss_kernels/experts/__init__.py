@@ -1,7 +1,8 @@
-"""A mixture of experts for the few tokens of a decoding step: weights are read once, where they lie.
+"""A mixture of experts: all of it for the few tokens of a decoding step, and parts of it for many.
 
-For many tokens, sorting them by expert and a grouped matrix product is faster; for few, sorting costs
-more than it saves, and a product of matrices with one row wastes the tensor cores that it is made for.
+For many tokens, sorting them by expert and a grouped matrix product is fast: ``gated`` and ``weighed``
+are what else there is to do. For few, sorting costs more than it saves, and a product of matrices with
+one row wastes the tensor cores that it is made for: ``mix`` reads weights once, where they lie.
 
 Letters: T tokens, K experts that each chose, E experts, H hidden, I width of an expert.
 """
@@ -11,11 +12,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from gptoss_kernels.backends import chosen
+from gptoss_kernels.experts.grouped import gated, weighed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Activation", "Weights", "mix", "runs_on"]
+__all__ = ["Activation", "Weights", "gated", "mix", "runs_on", "weighed"]
 
 
 class Weights(NamedTuple):
