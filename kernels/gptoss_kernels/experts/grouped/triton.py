@@ -1,0 +1,225 @@
+"""Both functions and their gradients on the GPU by Triton: rows are read once and written once.
+
+A program has some columns of a tile (``tiles.py``), for which it reads the bias once, and goes
+through the tile's rows a few at a time.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from gptoss_kernels.experts.grouped.tiles import ROWS, most_tiles, summed, tile_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gptoss_kernels.experts import Activation
+
+_STEP, _COLUMNS, _WARPS = 4, 256, 4  # of a program: rows at a time, columns
+_NO_LIMIT = float("inf")
+
+
+def gated(gate_up: Tensor, bias: Tensor | None, counts: Tensor, how: Activation) -> Tensor:
+    """As ``gptoss_kernels.experts.gated``, which has checked the arguments."""
+    made = gate_up.new_empty((len(gate_up), gate_up.shape[1] // 2))
+    _launch(_gated, gate_up, bias, counts, made, made.shape[1], *_numbers(how))
+    return made
+
+
+def gated_back(
+    gradient: Tensor, gate_up: Tensor, bias: Tensor | None, counts: Tensor, how: Activation
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of ``gate_up`` and ``bias`` from that of the result, ``[T, I]``."""
+    found, parts = torch.empty_like(gate_up), _parts(gate_up, bias, counts)
+    tensors = gradient, found, gate_up if parts is None else parts
+    _launch(_gated_back, gate_up, bias, counts, *tensors, gradient.shape[1], *_numbers(how))
+    return found, _summed(parts, bias, counts)
+
+
+def weighed(y: Tensor, bias: Tensor | None, counts: Tensor, shares: Tensor) -> Tensor:
+    """As ``gptoss_kernels.experts.weighed``, which has checked the arguments."""
+    made = torch.empty_like(y)
+    _launch(_weighed, y, bias, counts, shares.contiguous(), made, y.shape[1])
+    return made
+
+
+def weighed_back(
+    gradient: Tensor, y: Tensor, bias: Tensor | None, counts: Tensor, shares: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients of ``y``, ``bias`` and ``shares`` from that of the result, ``[T, H]``."""
+    count, width = y.shape
+    found, parts = torch.empty_like(y), _parts(y, bias, counts)
+    blocks = triton.cdiv(width, _COLUMNS)
+    of_shares = torch.empty((blocks, count), dtype=torch.float32, device=y.device)
+    tensors = shares.contiguous(), gradient, found, y if parts is None else parts, of_shares
+    _launch(_weighed_back, y, bias, counts, *tensors, width, count)
+    return found, _summed(parts, bias, counts), of_shares.sum(0).to(shares.dtype)
+
+
+def _numbers(how: Activation) -> tuple[float, float, float]:
+    return how.alpha, _NO_LIMIT if how.limit is None else how.limit, how.offset
+
+
+def _launch(
+    kernel: Any, rows: Tensor, bias: Tensor | None, counts: Tensor, *arguments: Any
+) -> None:
+    """Run a kernel on rows; ``width``, the columns to share out, is the first number of the arguments."""
+    width = next(x for x in arguments if isinstance(x, int))
+    experts, blocks = len(counts), triton.cdiv(width, _COLUMNS)
+    with torch.cuda.device_of(rows):
+        kernel[most_tiles(len(rows), experts) * blocks,](
+            rows, rows if bias is None else bias.contiguous(), counts.contiguous(), *arguments,
+            blocks=blocks, BIAS=bias is not None, E=experts, WIDE=triton.next_power_of_2(experts),
+            ROWS=ROWS, STEP=_STEP, COLUMNS=_COLUMNS, num_warps=_WARPS,
+        )  # fmt: skip
+
+
+def _parts(rows: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor | None:
+    """Room for the sums of tiles, if there is a bias."""
+    if bias is None:
+        return None
+    shape = most_tiles(len(rows), len(counts)), rows.shape[1]
+    return torch.empty(shape, dtype=torch.float32, device=rows.device)
+
+
+def _summed(parts: Tensor | None, bias: Tensor | None, counts: Tensor) -> Tensor | None:
+    if parts is None or bias is None:
+        return None
+    with torch.cuda.device_of(parts):
+        return summed(parts, bias, counts.contiguous())
+
+
+# --- kernels; one for each of the grid's programs ----------------------------------------------------
+
+
+@triton.jit
+def _clamped(gate, up, limit):
+    """NaN stays NaN: that is why these are no minima."""
+    up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    return tl.where(gate > limit, limit, gate), up
+
+
+@triton.jit
+def _gated(
+    gate_up, bias, counts, made, width, alpha, limit, offset, blocks, BIAS: tl.constexpr,
+    E: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    expert, first, end = tile_of(counts, tl.program_id(0) // blocks, E, WIDE, ROWS)
+    column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < width
+    if BIAS:
+        at = bias + expert * 2 * width + column
+        gate_bias = tl.load(at, inside, 0.0).to(tl.float32)[None, :]
+        up_bias = tl.load(at + width, inside, 0.0).to(tl.float32)[None, :]
+    for start in range(first, end, STEP):
+        row = start + tl.arange(0, STEP).to(tl.int64)
+        mask = (row < end)[:, None] & inside[None, :]
+        at = gate_up + row[:, None] * 2 * width + column[None, :]
+        gate = tl.load(at, mask, 0.0).to(tl.float32)
+        up = tl.load(at + width, mask, 0.0).to(tl.float32)
+        if BIAS:
+            gate, up = gate + gate_bias, up + up_bias
+        gate, up = _clamped(gate, up, limit)
+        value = gate * tl.sigmoid(alpha * gate) * (up + offset)
+        at = made + row[:, None] * width + column[None, :]
+        tl.store(at, value.to(made.dtype.element_ty), mask)
+
+
+@triton.jit
+def _gated_back(
+    gate_up, bias, counts, gradient, found, parts, width, alpha, limit, offset, blocks,
+    BIAS: tl.constexpr, E: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    STEP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    number = tl.program_id(0) // blocks
+    expert, first, end = tile_of(counts, number, E, WIDE, ROWS)
+    column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < width
+    if BIAS:
+        at = bias + expert * 2 * width + column
+        gate_bias = tl.load(at, inside, 0.0).to(tl.float32)[None, :]
+        up_bias = tl.load(at + width, inside, 0.0).to(tl.float32)[None, :]
+        gate_sum = tl.zeros((STEP, COLUMNS), tl.float32)
+        up_sum = tl.zeros((STEP, COLUMNS), tl.float32)
+    for start in range(first, end, STEP):
+        row = start + tl.arange(0, STEP).to(tl.int64)
+        mask = (row < end)[:, None] & inside[None, :]
+        at = row[:, None] * 2 * width + column[None, :]
+        gate = tl.load(gate_up + at, mask, 0.0).to(tl.float32)
+        up = tl.load(gate_up + at + width, mask, 0.0).to(tl.float32)
+        late = tl.load(gradient + row[:, None] * width + column[None, :], mask, 0.0).to(tl.float32)
+        if BIAS:
+            gate, up = gate + gate_bias, up + up_bias
+        low_gate, low_up = _clamped(gate, up, limit)
+        sigmoid = tl.sigmoid(alpha * low_gate)
+        swish = low_gate * sigmoid
+        slope = sigmoid + alpha * swish * (1 - sigmoid)
+        for_gate = tl.where(gate <= limit, late * (low_up + offset) * slope, 0.0)
+        for_up = tl.where((up <= limit) & (up >= -limit), late * swish, 0.0)
+        tl.store(found + at, for_gate.to(found.dtype.element_ty), mask)
+        tl.store(found + at + width, for_up.to(found.dtype.element_ty), mask)
+        if BIAS:
+            gate_sum += for_gate
+            up_sum += for_up
+    if BIAS:
+        at = parts + number.to(tl.int64) * 2 * width + column
+        tl.store(at, tl.sum(gate_sum, 0), inside)
+        tl.store(at + width, tl.sum(up_sum, 0), inside)
+
+
+@triton.jit
+def _weighed(
+    y, bias, counts, shares, made, width, blocks, BIAS: tl.constexpr, E: tl.constexpr,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    expert, first, end = tile_of(counts, tl.program_id(0) // blocks, E, WIDE, ROWS)
+    column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < width
+    if BIAS:
+        more = tl.load(bias + expert * width + column, inside, 0.0).to(tl.float32)[None, :]
+    for start in range(first, end, STEP):
+        row = start + tl.arange(0, STEP).to(tl.int64)
+        mask = (row < end)[:, None] & inside[None, :]
+        at = row[:, None] * width + column[None, :]
+        value = tl.load(y + at, mask, 0.0).to(tl.float32)
+        if BIAS:
+            value += more
+        value *= tl.load(shares + row, row < end, 0.0).to(tl.float32)[:, None]
+        tl.store(made + at, value.to(made.dtype.element_ty), mask)
+
+
+@triton.jit
+def _weighed_back(
+    y, bias, counts, shares, gradient, found, parts, of_shares, width, count, blocks,
+    BIAS: tl.constexpr, E: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    STEP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    number, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    expert, first, end = tile_of(counts, number, E, WIDE, ROWS)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < width
+    if BIAS:
+        more = tl.load(bias + expert * width + column, inside, 0.0).to(tl.float32)[None, :]
+        total = tl.zeros((STEP, COLUMNS), tl.float32)
+    of_shares += block.to(tl.int64) * count
+    for start in range(first, end, STEP):
+        row = start + tl.arange(0, STEP).to(tl.int64)
+        mask = (row < end)[:, None] & inside[None, :]
+        at = row[:, None] * width + column[None, :]
+        value = tl.load(y + at, mask, 0.0).to(tl.float32)
+        late = tl.load(gradient + at, mask, 0.0).to(tl.float32)
+        if BIAS:
+            value += more
+        tl.store(of_shares + row, tl.sum(late * value, 1), row < end)
+        late *= tl.load(shares + row, row < end, 0.0).to(tl.float32)[:, None]
+        tl.store(found + at, late.to(found.dtype.element_ty), mask)
+        if BIAS:
+            total += late
+    if BIAS:
+        tl.store(parts + number.to(tl.int64) * width + column, tl.sum(total, 0), inside)
