@@ -11,16 +11,15 @@ import json
 import os
 import shutil
 import warnings
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xxhash import xxh3_128
 
 from gptoss_convert.blockio import sync_folder
-from gptoss_convert.errors import IncompleteError, UsageError
+from gptoss_convert.errors import UsageError
+from gptoss_plugins.data.parts import claim, make_parts, part_file
 from gptoss_plugins.data.units import documents, find_files, units_of
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from gptoss_plugins.data.units import Unit
 
 SCHEMA = "gptoss-convert.preprocess/1"
-NOTE = "plan.json"
 
 
 @dataclass(frozen=True)
@@ -85,11 +83,8 @@ def preprocess(
     files = find_files(inputs)
     units = [unit for path in files for unit in units_of(path)]
     parts = Path(f"{prefix}.parts")
-    _claim(parts, units, job)
-    for number, unit in enumerate(units):
-        if _part(parts, number, ".idx").exists():
-            progress(unit.stop - unit.start)
-    _make(parts, units, job, workers, progress)
+    claim(parts, _plan(units, job))
+    make_parts(make_part, parts, units, job, ".idx", workers=workers, progress=progress)
     found = _join(parts, len(units), target)
     shutil.rmtree(parts)
     return {
@@ -101,52 +96,12 @@ def preprocess(
     }
 
 
-def _claim(parts: Path, units: Sequence[Unit], job: Job) -> None:
-    """Go on with what an earlier run left, if it is of the same inputs and options."""
+def _plan(units: Sequence[Unit], job: Job) -> str:
     digest = xxh3_128()
     for name in sorted(job.files):
         digest.update(name.encode() + job.files[name].read_bytes())
     facts = [[str(u.path), u.start, u.stop, u.path.stat().st_mtime_ns] for u in units]
-    plan = json.dumps([job.key, job.append_eod, digest.hexdigest(), facts])
-    note = parts / NOTE
-    if note.exists() and note.read_text() != plan:
-        raise IncompleteError(
-            f"{parts}: is an unfinished run of other inputs or options; finish it with those, or remove it"
-        )
-    if not note.exists():
-        shutil.rmtree(parts, ignore_errors=True)
-        parts.mkdir()
-        note.write_text(plan)
-
-
-def _part(parts: Path, number: int, suffix: str) -> Path:
-    return parts / f"{number:06}{suffix}"
-
-
-def _make(
-    parts: Path,
-    units: Sequence[Unit],
-    job: Job,
-    workers: int,
-    progress: Callable[[int], None],
-) -> None:
-    todo = [n for n in range(len(units)) if not _part(parts, n, ".idx").exists()]
-    if workers == 1 or len(todo) < 2:
-        for number in todo:
-            make_part(parts, number, units[number], job)
-            progress(units[number].stop - units[number].start)
-        return
-    # Fresh processes: tokenizers and torch have threads, which do not survive a fork.
-    with ProcessPoolExecutor(min(workers, len(todo)), get_context("spawn")) as pool:
-        futures = {pool.submit(make_part, parts, n, units[n], job): n for n in todo}
-        for future in futures:
-            future.add_done_callback(
-                lambda f: progress(units[futures[f]].stop - units[futures[f]].start)
-            )
-        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        pool.shutdown(cancel_futures=True)
-        for future in done:
-            future.result()
+    return json.dumps([job.key, job.append_eod, digest.hexdigest(), facts])
 
 
 def make_part(parts: Path, number: int, unit: Unit, job: Job) -> None:
@@ -154,7 +109,7 @@ def make_part(parts: Path, number: int, unit: Unit, job: Job) -> None:
     import torch
 
     tokenizer = _tokenizer(job)
-    data, index = _part(parts, number, ".bin"), _part(parts, number, ".idx")
+    data, index = part_file(parts, number, ".bin"), part_file(parts, number, ".idx")
     megatron = _indexed_dataset()
     dtype = megatron.DType.optimal_dtype(len(tokenizer))
     builder = megatron.IndexedDatasetBuilder(str(data), dtype=dtype)
@@ -200,11 +155,11 @@ def _indexed_dataset() -> Any:
 def _join(parts: Path, count: int, target: tuple[Path, Path]) -> dict[str, Any]:
     """The parts one behind the other; both files by a rename, the index last."""
     megatron = _indexed_dataset()
-    first = megatron._IndexReader(str(_part(parts, 0, ".idx")), multimodal=False)
+    first = megatron._IndexReader(str(part_file(parts, 0, ".idx")), multimodal=False)
     half = [path.with_name(path.name + ".part") for path in target]
     builder = megatron.IndexedDatasetBuilder(str(half[0]), dtype=first.dtype)
     for number in range(count):
-        builder.add_index(str(_part(parts, number, "")))
+        builder.add_index(str(part_file(parts, number, "")))
     builder.data_file.flush()
     os.fsync(builder.data_file.fileno())
     builder.finalize(str(half[1]))

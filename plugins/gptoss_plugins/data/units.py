@@ -66,7 +66,7 @@ def units_of(path: Path) -> list[Unit]:
     """A file's units, in order."""
     size = path.stat().st_size
     if path.suffix in PARQUET:
-        return [Unit(path, group, group + 1) for group in range(_parquet(path).num_row_groups)]
+        return [Unit(path, group, group + 1) for group in range(parquet_file(path).num_row_groups)]
     if path.suffix in ZSTD:
         return [Unit(path, 0, size)]
     edges = [0]
@@ -96,7 +96,7 @@ def documents(unit: Unit, key: str) -> Iterator[str]:
     if unit.path.suffix in PARQUET:
         yield from _rows(unit, key)
         return
-    for place, line in _lines(unit):
+    for place, line in lines_of(unit):
         if not line.strip():
             continue
         try:
@@ -114,7 +114,7 @@ def documents(unit: Unit, key: str) -> Iterator[str]:
         yield text
 
 
-def _lines(unit: Unit) -> Iterator[tuple[int, bytes]]:
+def lines_of(unit: Unit) -> Iterator[tuple[int, bytes]]:
     """Each line and where it begins, in bytes of the file as it was before it was compressed."""
     with open(unit.path, "rb") as raw:
         file: Any = raw
@@ -154,7 +154,14 @@ def _decompressed(raw: Any, path: Path) -> Any:
     return io.BufferedReader(reader, 1 << 20)
 
 
-def _parquet(path: Path) -> Any:
+def parquet_file(path: Path) -> Any:
+    """A file opened by pyarrow.
+
+    Raises:
+        ConfigError: pyarrow is not installed.
+        CheckpointError: it is no Parquet file.
+
+    """
     if not find_spec("pyarrow"):
         raise ConfigError(
             f"{path}: needs pyarrow, which is not installed: pip install 'gptoss-convert[data]'"
@@ -167,8 +174,18 @@ def _parquet(path: Path) -> Any:
         raise CheckpointError(f"{path}: is no Parquet file ({error}); fetch it again") from None
 
 
+def rows_of(unit: Unit) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a Parquet file's unit, and each one's number in the file."""
+    file = parquet_file(unit.path)
+    number = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
+    for batch in file.iter_batches(1024, row_groups=[*range(unit.start, unit.stop)]):
+        for row in batch.to_pylist():
+            yield number, row
+            number += 1
+
+
 def _rows(unit: Unit, key: str) -> Iterator[str]:
-    file = _parquet(unit.path)
+    file = parquet_file(unit.path)
     if key not in file.schema_arrow.names:
         raise CheckpointError(
             f"{unit.path}: has no column {key!r}, only {', '.join(file.schema_arrow.names)}; name one "

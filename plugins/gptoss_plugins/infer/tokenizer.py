@@ -7,7 +7,10 @@ checkpoint is run but its chat template, in the sandbox that transformers keeps 
 from __future__ import annotations
 
 import importlib.util
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
+
+from xxhash import xxh3_128
 
 from gptoss_convert.errors import CheckpointError, ConfigError, UsageError
 from gptoss_convert.untrusted import MOST_COMPANION, read_small
@@ -67,6 +70,22 @@ class Tokenizer:
         """Ids of a text, as transformers gives them: special tokens in it are special tokens."""
         ids: list[int] = self._inner(require_text(text))["input_ids"]
         return ids
+
+    def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text by itself; special tokens that it writes out are text like any other."""
+        backend = self._inner.backend_tokenizer
+        backend.encode_special_tokens = True  # encode() sets it back by itself
+        found = backend.encode_batch([*map(require_text, texts)], add_special_tokens=False)
+        return [one.ids for one in found]
+
+    @cached_property
+    def digest(self) -> str:
+        """Checksum of what each id stands for: of two tokenizers that have the same, the ids of one
+        are the text of the other.
+        """
+        words = self._inner.backend_tokenizer.get_vocab(with_added_tokens=True)
+        lines = "".join(f"{number} {word!r}\n" for word, number in sorted(words.items()))
+        return xxh3_128(lines.encode()).hexdigest()
 
     def token_bytes(self, token: int) -> bytes:
         """What a token adds to the text; nothing, if it is special or no token at all."""

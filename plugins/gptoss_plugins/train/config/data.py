@@ -39,11 +39,20 @@ class SftDataset:
         kind: says which of the two this is.
         sequence_length: tokens of a sample or, packed, of a pack; the same as ``model.seq_length``.
         dataset_name: squad, openmathinstruct2_thinking, or a name or folder for ``datasets``.
-        dataset_root: folder with ``training.jsonl`` and perhaps ``validation.jsonl``; goes before
+        dataset_subset: of a name that has several, such as main of openai/gsm8k.
+        dataset_split: of ``dataset_name``; null for train, or what a preset takes.
+        dataset_root: folder with ``training.jsonl`` and perhaps ``validation.jsonl``, or with
+            ``.parquet`` files of these names, packed or not; or one file. Goes before
             ``dataset_name``.
         form: prompt_completion has a prompt and its completion; chat has messages, which are
             written as harmony.
-        loss_channels: of chat: the answer's channels that are learned; the others are read only.
+        prompt_key: field with the prompt.
+        completion_key: field with the completion.
+        messages_key: field with the messages.
+        loss_channels: of chat: the answer's channels that are learned.
+        other_channels: of chat: the answer's other channels are read as context, or dropped.
+        reasoning_effort: of chat: what the system message says it is.
+        conversation_date: of chat: what the system message says it is, as 2025-08-05; null for none.
         val_proportion: part of the samples that is kept for validation where there is no file of
             them.
         max_train_samples: use no more than so many; null for all.
@@ -59,13 +68,21 @@ class SftDataset:
     kind: Literal["sft"] = "sft"
     sequence_length: Positive = 2048
     dataset_name: str | None = "squad"
+    dataset_subset: str | None = None
+    dataset_split: str | None = None
     dataset_root: str | None = None
     form: Literal["prompt_completion", "chat"] = "prompt_completion"
+    prompt_key: str = "prompt"
+    completion_key: str = "completion"
+    messages_key: str = "messages"
     loss_channels: tuple[Literal["analysis", "commentary", "final"], ...] = (
         "analysis",
         "commentary",
         "final",
     )
+    other_channels: Literal["read", "drop"] = "read"
+    reasoning_effort: Literal["low", "medium", "high"] = "medium"
+    conversation_date: str | None = None
     val_proportion: Fraction = 0.1
     max_train_samples: Positive | None = None
     packing: bool = True

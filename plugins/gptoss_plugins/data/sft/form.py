@@ -1,0 +1,55 @@
+"""What records look like, and what of them is learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from gptoss_plugins.data.sft.presets import PRESETS
+from gptoss_plugins.infer.completion import ANALYSIS, COMMENTARY, FINAL
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+CHANNELS = (ANALYSIS, COMMENTARY, FINAL)
+
+
+@dataclass(frozen=True)
+class Form:
+    """All that decides what samples are made of records, the tokenizer apart.
+
+    Attributes:
+        form: prompt_completion or chat.
+        prompt_key, completion_key, messages_key: fields of a record.
+        loss_channels: of chat: channels that are learned.
+        other_channels: of chat: whether the other ones are read or dropped.
+        reasoning_effort, conversation_date: of chat: for the system message.
+        preset: a name of ``PRESETS``, whose records are turned into this form first.
+
+    """
+
+    form: Literal["prompt_completion", "chat"] = "prompt_completion"
+    prompt_key: str = "prompt"
+    completion_key: str = "completion"
+    messages_key: str = "messages"
+    loss_channels: tuple[str, ...] = CHANNELS
+    other_channels: Literal["read", "drop"] = "read"
+    reasoning_effort: str = "medium"
+    conversation_date: str | None = None
+    preset: str | None = None
+
+    @property
+    def dropped_channels(self) -> tuple[str, ...]:
+        """Channels that no sample has."""
+        if self.other_channels == "read":
+            return ()
+        return tuple(channel for channel in CHANNELS if channel not in self.loss_channels)
+
+    def adapted(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The record with the fields that the keys name."""
+        if self.preset is None:
+            return record
+        made = PRESETS[self.preset].adapt(record)
+        if self.form == "chat":
+            return {self.messages_key: made.messages}
+        return {self.prompt_key: made.prompt, self.completion_key: made.completion}
