@@ -138,8 +138,8 @@ def _answering(
     name = message.get("name")
     if isinstance(name, str) and name:
         author = name if "." in name else f"functions.{name}"
-    elif (number := message.get("tool_call_id")) in functions:
-        author = functions[number]
+    elif known := functions.get(str(message.get("tool_call_id"))):
+        author = known
     elif call and call.recipient:
         author = call.recipient
     else:

@@ -65,16 +65,19 @@ def row_of(pack: Pack, length: int, padding: int) -> dict[str, torch.Tensor]:
     is_input[starts + sizes - 1] = False  # a sample's last token is a label only
     used = int(is_input.sum())
     begins = np.concatenate([np.cumsum(sizes - 1) - (sizes - 1), [used]])
+    tokens, labels = np.full((2, length), padding, np.int64)
+    loss_mask = np.zeros(length, np.float32)
+    tokens[:used] = ids[is_input]
+    labels[:used] = np.append(ids[1:], padding)[is_input]
+    loss_mask[:used] = mask[is_input]
+    own_start = np.repeat(begins, [*(sizes - 1), length - used]).astype(np.int64)
     found = {
-        "tokens": np.full(length, padding, np.int64),
-        "labels": np.full(length, padding, np.int64),
-        "loss_mask": np.zeros(length, np.float32),
-        "starts": np.repeat(begins, [*(sizes - 1), length - used]).astype(np.int64),
+        "tokens": tokens,
+        "labels": labels,
+        "loss_mask": loss_mask,
+        "positions": np.arange(length) - own_start,
+        "starts": own_start,
     }
-    found["tokens"][:used] = ids[is_input]
-    found["labels"][:used] = np.append(ids[1:], padding)[is_input]
-    found["loss_mask"][:used] = mask[is_input]
-    found["positions"] = np.arange(length) - found["starts"]
     return {name: torch.from_numpy(values) for name, values in found.items()}
 
 

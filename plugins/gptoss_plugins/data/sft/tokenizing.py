@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -114,6 +114,6 @@ class Samples:
         return Sample(self._ids[part][place], self._learned[part][place])
 
 
-def _mapped(path: Path, dtype: type) -> NDArray[np.generic]:
+def _mapped(path: Path, dtype: type) -> NDArray[Any]:
     """A file's values; an empty one cannot be mapped."""
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
