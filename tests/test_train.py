@@ -26,6 +26,7 @@ LAYOUTS = {
     "pp2": (["model.pipeline_model_parallel_size=2"], 2),
     "ep2": (["model.expert_model_parallel_size=2"], 2),
     "dp2": ([], 2),
+    "cp2": (["model.context_parallel_size=2"], 2),
     "tp2 ep2": (
         [
             "model.tensor_model_parallel_size=2",
@@ -120,25 +121,25 @@ def test_losses_are_those_of_transformers(data: Path, start: Path, alone: dict[s
     from transformers import GptOssForCausalLM
 
     from gptoss_plugins.train.recipes import tiny_pretrain_config
-    from gptoss_plugins.train.run.data import Tokens, batches_of, build_datasets
+    from gptoss_plugins.train.run.data import Place, Steps
+    from gptoss_plugins.train.run.text import Tokens, text_datasets
 
     config = tiny_pretrain_config().having(
         dataset={"blend": ((str(data),), None), "path_to_cache": str(data.parent / "cache")},
         train={"train_iters": STEPS, "eval_iters": 0},
     )
-    samples, _ = build_datasets(config, Tokens("bytes", 272, 256, 257))
+    samples, _ = text_datasets(config, Tokens("bytes", 272, 256, 257))
     model = GptOssForCausalLM.from_pretrained(start, dtype=torch.float32).train()
     named = dict(model.named_parameters())
     bare = [p for n, p in named.items() if n.endswith("bias") or "norm" in n or "sinks" in n]
     kept = [p for p in named.values() if all(p is not other for other in bare)]
     groups = [{"params": kept, "weight_decay": 0.033}, {"params": bare, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
-    cpu = torch.device("cpu")
-    for step, line in enumerate(alone["lines"]):
+    steps = Steps(samples, config, Place(0, 1, 0, 1, torch.device("cpu")), 272).since(0)
+    for line, batches in zip(alone["lines"], steps, strict=False):
         for group in optimizer.param_groups:
             group["lr"] = line["lr"]
         optimizer.zero_grad()
-        batches = batches_of(samples, step * 16, 16, config, (0, 1), cpu)
         losses = []
         for batch in batches:
             logits = model(batch.tokens).logits.flatten(0, 1)

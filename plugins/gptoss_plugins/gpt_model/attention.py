@@ -19,6 +19,10 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor, nn
 
+from gptoss_kernels import attention as kernels
+from gptoss_plugins.gpt_model import by_blocks, flex
+from gptoss_plugins.gpt_model.heads import own_heads, whole_heads, whole_sequences
+
 if TYPE_CHECKING:
     from gptoss_plugins.gpt_model.config import GptOssConfig
 
@@ -27,14 +31,8 @@ class SinkAttention(MegatronModule):  # type: ignore[misc]  # megatron-core is u
     """softmax(q k / sqrt(d), sink) v, where the sink takes probability but gives no value.
 
     megatron-core's ``DotProductAttention`` computes the same and owns the same parameter
-    ``softmax_offset``, but on CUDA only and with all scores in memory. Queries go in blocks here:
-    a block sees only the keys up to its end, and from its window's start.
-
-    Source of the formula: transformers ``models/gpt_oss/modeling_gpt_oss.py``,
-    ``eager_attention_forward``.
+    ``softmax_offset``, but on CUDA only and with all scores in memory.
     """
-
-    query_block = 1024
 
     def __init__(
         self,
@@ -45,7 +43,7 @@ class SinkAttention(MegatronModule):  # type: ignore[misc]  # megatron-core is u
         **_: Any,
     ) -> None:
         super().__init__(config)
-        self.tp_group = pg_collection.tp
+        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
         windowed = is_layer_window_attention(
             config.window_size, config.window_attn_skip_freq, layer_number
@@ -78,64 +76,54 @@ class SinkAttention(MegatronModule):  # type: ignore[misc]  # megatron-core is u
         """Attend causally; the last query sits at the last key, so s may be less than t (cache).
 
         Args:
-            query: ``[s, b, n, d]``.
+            query: ``[s, b, n, d]``; with context parallelism, this and the next two have the
+                rank's tokens of each sequence.
             key: ``[t, b, g, d]``.
             value: ``[t, b, g, d]``.
-            attention_mask: bool, broadcast to ``[b, 1, s, t]``; True hides, beyond what
-                causality and the window hide anyway.
+            attention_mask: of rows that hold several sequences, int64 ``[b, t]``: where the
+                sequence of each position starts, all rows whole even with context parallelism. Or
+                bool, broadcast to ``[b, 1, s, t]``; True hides, beyond what causality and the
+                window hide anyway.
             attn_mask_type: ignored; GPT-OSS is causal on every layer.
             attention_bias: not supported.
-            packed_seq_params: not supported; give a block-diagonal ``attention_mask``.
+            packed_seq_params: not supported; see ``attention_mask``.
 
         Returns:
             ``[s, b, n * d]`` in the dtype of ``value``.
 
         """
         if attention_bias is not None or packed_seq_params is not None:
-            raise NotImplementedError("SinkAttention takes neither a bias nor packed sequences")
-        blocks = [
-            self._block(query[i : i + self.query_block], key, value, attention_mask, i, len(query))
-            for i in range(0, len(query), self.query_block)
-        ]
-        return torch.cat(blocks)
+            raise NotImplementedError("SinkAttention takes neither a bias nor packed_seq_params")
+        sinks: Tensor | None = self.softmax_offset
+        if sinks is None and self.config.softmax_type == "off-by-one":
+            sinks = query.new_zeros(query.shape[2])
+        if self.cp_group.size() == 1:
+            return self._attend(query, key, value, sinks, attention_mask)
+        q, k, v = (whole_sequences(part, self.cp_group) for part in (query, key, value))
+        made = self._attend(q, k, v, own_heads(sinks, self.cp_group), attention_mask)
+        return whole_heads(made, self.cp_group, query.shape[-1])
 
-    def _block(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, i: int, s: int
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, mask: Tensor | None
     ) -> Tensor:
-        """Output rows of the queries that start at row ``i`` of ``s``."""
-        first = len(key) - s + i  # the key position of the block's first query
-        stop = first + len(query)
-        start = 0 if self.left is None else max(0, first - self.left)
-        hidden = self._hidden(first, start, stop, query.device)
-        if mask is not None:
-            rows = mask[..., i : i + len(query), :] if mask.shape[-2] > 1 else mask
-            hidden = hidden | rows[..., start:stop]
-        return self._attend(query, key[start:stop], value[start:stop], hidden)
+        how: dict[str, Any] = {"scale": self.scale, "left": self.left}
+        if mask is not None and mask.dtype == torch.bool:
+            return by_blocks.attend(query, key, value, sinks, hidden=mask, **how)
+        if query.is_cuda and mask is None and not torch.is_grad_enabled():
+            return self._attend_only(query, key, value, sinks)
+        if query.is_cuda and len(query) == len(key):
+            return flex.attend(query, key, value, sinks, starts=mask, **how)
+        return by_blocks.attend(query, key, value, sinks, starts=mask, **how)
 
-    def _hidden(self, first: int, start: int, stop: int, device: torch.device) -> Tensor:
-        """Key positions start..stop that queries first..stop may not see: bool ``[s, t]``."""
-        at = torch.arange(first, stop, device=device)[:, None]
-        of = torch.arange(start, stop, device=device)[None, :]
-        return of > at if self.left is None else (of > at) | (of < at - self.left)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
-        s, b, n, d = query.shape
-        t, g = key.shape[0], key.shape[2]
-        # [s, b, n, d] -> [b, g, r * s, d]: the heads of a group share its keys without a copy.
-        q = query.reshape(s, b, g, n // g, d).permute(1, 2, 3, 0, 4).reshape(b, g, -1, d)
-        scores = torch.matmul(q, key.permute(1, 2, 3, 0)).view(b, n, s, t).float() * self.scale
-        probs = self._softmax(scores.masked_fill(hidden, float("-inf"))).to(value.dtype)
-        out = torch.matmul(probs.reshape(b, g, -1, t), value.permute(1, 2, 0, 3))
-        return out.view(b, n, s, d).permute(2, 0, 1, 3).reshape(s, b, n * d)
-
-    def _softmax(self, scores: Tensor) -> Tensor:
-        """Over keys and sink; float32 ``[b, n, s, t]`` in and out, the sink's share left out."""
-        if self.config.softmax_type == "vanilla":
-            return scores.softmax(dim=-1)
-        b, n, s, _ = scores.shape
-        sinks = scores.new_zeros(n) if self.softmax_offset is None else self.softmax_offset.float()
-        logits = torch.cat([scores, sinks.view(1, n, 1, 1).expand(b, n, s, 1)], dim=-1)
-        return logits.softmax(dim=-1)[..., :-1]
+    def _attend_only(
+        self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
+    ) -> Tensor:
+        """Without a gradient: the kernel of inference, which needs no compiling for each length."""
+        q, k, v = (tensor.transpose(0, 1) for tensor in (query, key, value))
+        offset = torch.full((query.shape[1],), len(key) - len(query), device=query.device)
+        window = None if self.left is None else self.left + 1
+        made = kernels.attend(q, k, v, sinks, scale=self.scale, offset=offset, window=window)
+        return made.transpose(0, 1).flatten(2)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None

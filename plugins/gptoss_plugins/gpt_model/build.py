@@ -15,17 +15,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
 
 from gptoss_plugins.gpt_model.config import GptOssConfig, make_config
 from gptoss_plugins.gpt_model.dialects import rename_norms
 from gptoss_plugins.gpt_model.load import load_checkpoint
+from gptoss_plugins.gpt_model.loss import weighted_loss
 from gptoss_plugins.gpt_model.parallel import initialize_parallel, shut_down_parallel
 from gptoss_plugins.gpt_model.rope import YarnRope
 from gptoss_plugins.gpt_model.spec import block_spec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from torch import Tensor
 
 __all__ = [
     "GptOssModel",
@@ -53,6 +60,53 @@ class GptOssModel(GPTModel):  # type: ignore[misc]  # megatron-core is untyped
         super().__init__(config=config, position_embedding_type="none", **options)
         self.position_embedding_type = "yarn"
         self.rotary_pos_emb = YarnRope(config, cp_group=self.pg_collection.cp)
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Any, **options: Any
+    ) -> Tensor:
+        """Logits ``[b, s, v]``, or the loss; hidden states before the last pipeline stage.
+
+        Args:
+            input_ids: int64 ``[b, s]``.
+            position_ids: int64 ``[b, s]``.
+            attention_mask: as ``SinkAttention`` takes it.
+            options: GPTModel's. With ``labels`` (int64 ``[b, s]``) alone, losses float32 ``[b, s]``;
+                with ``loss_mask`` (float32 ``[b, s]``, weights), too, the weighted sum of them: a
+                float32 scalar, for which no rank ever has all logits.
+
+        """
+        cached = options.get("inference_context") is not None
+        self.rotary_pos_emb.positions = None if cached else position_ids
+        found: Tensor = super().forward(input_ids, position_ids, attention_mask, **options)
+        return found
+
+    def _postprocess(
+        self, hidden_states: Tensor, *, labels: Any = None, loss_mask: Any = None, **options: Any
+    ) -> Tensor:
+        if not self.post_process or labels is None or loss_mask is None:
+            made: Tensor = super()._postprocess(
+                hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **options
+            )
+            return made
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            whole = gather_from_sequence_parallel_region(hidden_states, group=group)
+        else:
+            whole = copy_to_tensor_model_parallel_region(hidden_states, group=group)
+        return weighted_loss(
+            whole.flatten(0, 1),
+            self._output_weight(),
+            labels.T.flatten(),
+            loss_mask.T.flatten(),
+            group,
+        )
+
+    def _output_weight(self) -> Tensor:
+        shared = self.share_embeddings_and_output_weights
+        found: Tensor = (
+            self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
+        )
+        return found
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

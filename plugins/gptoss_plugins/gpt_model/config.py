@@ -249,5 +249,8 @@ def _remainders(config: GptOssConfig) -> Iterator[str]:
     for name, size in parts:
         if getattr(config, name) % size:
             yield f"{name} {getattr(config, name)} does not divide by {size} ranks"
-    if config.context_parallel_size > 1 or config.expert_tensor_parallel_size > 1:
-        yield "context parallelism and tensor parallelism inside experts are not implemented"
+    cp, groups = config.context_parallel_size, config.num_query_groups // tp
+    if cp > 1 and groups % cp:
+        yield f"num_query_groups {config.num_query_groups} does not divide by {tp} times {cp} ranks"
+    if config.expert_tensor_parallel_size > 1:
+        yield "tensor parallelism inside experts is not implemented"

@@ -17,6 +17,8 @@ from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from gptoss_kernels.experts import Activation, grouped
+from gptoss_plugins.gpt_model.config import SIGMOID_SCALE
 from gptoss_plugins.gpt_model.dialects import stack_experts
 from gptoss_plugins.gpt_model.expert_shards import ExpertRange, empty_extra_states, stack_factory
 
@@ -24,28 +26,25 @@ if TYPE_CHECKING:
     from gptoss_plugins.gpt_model.config import GptOssConfig
 
 
-def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
+def grouped_product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Row t of ``x`` times the weight of its expert.
 
     Args:
         x: ``[T, K]``, sorted by expert.
         weight: ``[E, N, K]``.
-        bias: ``[E, N]`` or None.
-        counts: rows of each expert, int64 ``[E]``; on the CPU it spares a synchronisation.
+        counts: rows of each expert, int64 ``[E]``.
 
     Returns:
         ``[T, N]`` in the dtype of ``x``.
 
     """
     if _one_kernel(x, weight):
-        rows = counts.to(x.device)
-        ends = rows.cumsum(0).to(torch.int32)
-        y: Tensor = F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
-        return y if bias is None else y + bias.repeat_interleave(rows, 0, output_size=len(x))
+        ends = counts.to(x.device).cumsum(0).to(torch.int32)
+        made: Tensor = F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+        return made
     # unbind and not weight[e]: the gradient is then one stack, not E tensors of full size
-    biases = [None] * len(weight) if bias is None else bias.unbind()
-    parts = zip(torch.split(x, counts.tolist()), weight.unbind(), biases, strict=True)
-    return torch.cat([F.linear(rows, w, b) for rows, w, b in parts])
+    parts = zip(torch.split(x, counts.tolist()), weight.unbind(), strict=True)
+    return torch.cat([F.linear(rows, w) for rows, w in parts])
 
 
 def _one_kernel(x: Tensor, weight: Tensor) -> bool:
@@ -55,7 +54,10 @@ def _one_kernel(x: Tensor, weight: Tensor) -> bool:
 
 
 class GroupedLinear(MegatronModule):  # type: ignore[misc]  # megatron-core is untyped
-    """E linears in two stacked parameters, ``weight [E, N, K]`` and ``bias [E, N]``."""
+    """E linears in two stacked parameters, ``weight [E, N, K]`` and ``bias [E, N]``.
+
+    The bias is added by what comes next, which passes over all rows anyway.
+    """
 
     def __init__(
         self, config: GptOssConfig, inputs: int, outputs: int, halves: int, experts: ExpertRange
@@ -88,8 +90,8 @@ class GroupedLinear(MegatronModule):  # type: ignore[misc]  # megatron-core is u
             self.config.init_method(self.weight[local] if mine else spare)
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """``[T, K]`` and rows per expert ``[E]`` -> ``[T, N]``."""
-        return grouped_linear(x, self.weight, self.bias, counts)
+        """``[T, K]`` and rows per expert ``[E]`` -> ``[T, N]``, without the bias."""
+        return grouped_product(x, self.weight, counts)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
@@ -115,6 +117,10 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]  # megatron-core is 
     """Stands where MoELayer expects its experts; the keys in checkpoints are the stock ones.
 
     ``linear_fc1`` has the rows ``[gate; up]`` (N = 2I, K = H), ``linear_fc2`` N = H, K = I.
+
+    Attributes:
+        load: rows that each expert got in training since somebody took this: int64 ``[E]``.
+
     """
 
     def __init__(
@@ -136,6 +142,7 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]  # megatron-core is 
         hidden, width = config.hidden_size, config.moe_ffn_hidden_size
         self.linear_fc1 = GroupedLinear(config, hidden, 2 * width, 2, experts)
         self.linear_fc2 = GroupedLinear(config, width, hidden, 1, experts)
+        self.load: Tensor | None = None
 
     def forward(
         self, x: Tensor, tokens_per_expert: Tensor, probs: Tensor, **_: Any
@@ -144,17 +151,20 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]  # megatron-core is 
 
         Source of the formula: transformers ``GptOssExperts``.
         """
-        inner = self._gate(self.linear_fc1(x, tokens_per_expert))
-        y = self.linear_fc2(inner, tokens_per_expert)
-        return (y * probs.unsqueeze(-1)).to(x.dtype), None
+        if self.training:
+            self.load = tokens_per_expert + (0 if self.load is None else self.load)
+        counts = tokens_per_expert.to(x.device)
+        first, second = self.linear_fc1, self.linear_fc2
+        inner = grouped.gated(first(x, counts), first.bias, counts, self.activation)
+        return grouped.weighed(second(inner, counts), second.bias, counts, probs), None
 
-    def _gate(self, gate_up: Tensor) -> Tensor:
-        """``[T, 2I]`` -> ``[T, I]``: act(min(gate, c)) * (clamp(up, -c, c) + offset)."""
-        gate, up = gate_up.chunk(2, dim=-1)
-        if (limit := self.config.activation_func_clamp_value) is not None:
-            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-        out: Tensor = self.config.activation_func(gate) * (up + self.config.glu_linear_offset)
-        return out
+    @property
+    def activation(self) -> Activation:
+        """What is between the two linears."""
+        config = self.config
+        return Activation(
+            SIGMOID_SCALE, config.activation_func_clamp_value, config.glu_linear_offset
+        )
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None

@@ -17,6 +17,7 @@ def initialize_parallel(
     ep: int = 1,
     *,
     vpp: int | None = None,
+    cp: int = 1,
     device: torch.device | str | None = None,
     seed: int = 1234,
 ) -> torch.device:
@@ -29,6 +30,7 @@ def initialize_parallel(
         pp: pipeline stages.
         ep: expert-parallel ranks; they are taken from the data-parallel and tensor-parallel ones.
         vpp: virtual pipeline chunks per stage.
+        cp: context-parallel ranks, which share each sequence.
         device: "cpu" or "cuda"; by default CUDA where there is one.
         seed: of the initial weights; pipeline stages differ by 100, other ranks are alike.
 
@@ -41,6 +43,7 @@ def initialize_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp,
+        context_parallel_size=cp,
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=1,  # megatron-core: experts with biases cannot be cut
     )

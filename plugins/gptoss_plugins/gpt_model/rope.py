@@ -59,6 +59,11 @@ class YarnRope(RotaryEmbedding):  # type: ignore[misc]  # megatron-core is untyp
 
     The frequencies are no buffer, because ``model.bfloat16()`` would round a buffer's positions
     away; an empty buffer tells on which device the model lives.
+
+    Attributes:
+        positions: int64 ``[b, s]``, those that the model's next pass is at, if they are not
+            0, 1, 2 and so on.
+
     """
 
     def __init__(self, config: GptOssConfig, cp_group: Any = None) -> None:
@@ -72,6 +77,7 @@ class YarnRope(RotaryEmbedding):  # type: ignore[misc]  # megatron-core is untyp
         self.inv_freq = yarn_frequencies(config)
         self.concentration = concentration(config)
         self.register_buffer("anchor", torch.empty(0), persistent=False)
+        self.positions: Tensor | None = None
 
     def forward(
         self,
@@ -80,9 +86,20 @@ class YarnRope(RotaryEmbedding):  # type: ignore[misc]  # megatron-core is untyp
         packed_seq: bool = False,
         cp_group: Any = None,
     ) -> tuple[Tensor, float]:
-        """Angles float32 ``[max_seq_len, 1, 1, kv_channels]`` (both halves alike), and factor."""
+        """Angles float32 ``[s, b or 1, 1, kv_channels]`` (both halves alike), and factor.
+
+        Args:
+            max_seq_len: s, where no positions are set.
+            offset: the first position then.
+            packed_seq: means nothing here; it and the next are the parent's.
+            cp_group: likewise.
+
+        """
         if self.inv_freq.device != self.anchor.device:
             self.inv_freq = self.inv_freq.to(self.anchor.device)
-        steps = torch.arange(max_seq_len, dtype=torch.float32, device=self.anchor.device)
-        angles = torch.outer(steps + offset, self.inv_freq)
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :], self.concentration
+        if self.positions is None:
+            steps = torch.arange(max_seq_len, device=self.anchor.device)[:, None] + offset
+        else:
+            steps = self.positions.T
+        angles = steps.float().unsqueeze(-1) * self.inv_freq
+        return torch.cat((angles, angles), dim=-1).unsqueeze(2), self.concentration

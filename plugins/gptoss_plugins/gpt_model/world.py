@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def world_of(
-    layout: Layout, device: str | None, *, schedules: bool = True
+    layout: Layout, device: str | None, *, schedules: bool = True, cp: int = 1, seed: int = 1234
 ) -> Iterator[torch.device]:
     """The ranks, joined in a layout; on CPUs megatron-core's calls for CUDA mean the CPU.
 
@@ -29,6 +29,8 @@ def world_of(
         layout: of the ranks.
         device: ``cpu`` or ``cuda``; CUDA where there is one, if None.
         schedules: whether megatron-core's pipeline schedules or its optimizer will run.
+        cp: context-parallel ranks, which cut no weights and so are not of the layout.
+        seed: of random weights.
 
     Raises:
         ConfigError: there are not as many ranks as the layout needs.
@@ -40,7 +42,9 @@ def world_of(
         layout.pp,
         layout.ep,
         vpp=layout.vpp if layout.vpp > 1 else None,
+        cp=cp,
         device=device,
+        seed=seed,
     )
     try:
         with contextlib.ExitStack() as stack:

@@ -17,8 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from gptoss_kernels.attention import attend
-from gptoss_kernels.experts import Activation, Weights, mix, runs_on
-from gptoss_plugins.gpt_model.config import SIGMOID_SCALE
+from gptoss_kernels.experts import Weights, mix, runs_on
 from gptoss_plugins.gpt_model.experts import GroupedLinear
 from gptoss_plugins.gpt_model.rope import concentration
 from gptoss_plugins.infer.cache import Cache, Shape, windows_of
@@ -48,9 +47,6 @@ class Decoder:
         self._weight = next(model.parameters())
         self._frequencies = model.rotary_pos_emb.inv_freq.to(self._weight.device)
         self._concentration = concentration(model.config)
-        self._activation = Activation(
-            SIGMOID_SCALE, self.config.activation_func_clamp_value, self.config.glu_linear_offset
-        )
 
     @property
     def device(self) -> torch.device:
@@ -151,7 +147,7 @@ class Decoder:
         best, chosen = logits.topk(self.config.moe_router_topk, dim=-1)
         shares = best.softmax(-1, dtype=torch.float32)
         if self._are_few(tokens, chosen) and (weights := _plain(moe.experts)):
-            return mix(tokens, chosen, shares, weights, self._activation)
+            return mix(tokens, chosen, shares, weights, moe.experts.activation)
         mixed = self._by_experts(moe.experts, tokens, chosen, shares.to(tokens.dtype))
         if (group := parallel_state.get_expert_model_parallel_group()).size() > 1:
             dist.all_reduce(mixed, group=group)

@@ -89,10 +89,11 @@ def _show(
 
 @hookimpl
 def gptoss_convert_commands() -> Iterator[click.Command]:
-    """Two."""
-    from gptoss_plugins.train.command import train_command
+    """``train`` with its short forms, and ``recipes``."""
+    from gptoss_plugins.train.command import SHORT_FORMS, train_command
 
     yield train_command
+    yield from SHORT_FORMS
     yield show_recipes
 
 

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 
 def chosen(
-    recipes: Mapping[str, Recipe], name: str | None, file: Path | None, words: Sequence[str]
+    recipes: Mapping[str, Recipe],
+    name: str | None,
+    file: Path | None,
+    words: Sequence[str],
+    kind: str | None = None,
 ) -> TrainingConfig:
     """The config of a recipe, or of a file, with overrides applied; not checked.
 
@@ -30,6 +34,7 @@ def chosen(
         file: a config in YAML, in place of a recipe.
         words: overrides; those that name a parameter of the recipe (``peft`` of the ``finetune``
             recipes) go to it.
+        kind: pretrain, sft or peft, which may be left out of the name, too.
 
     Raises:
         UsageError: there is not one of the two, or what it names is not there, or does not fit.
@@ -41,7 +46,7 @@ def chosen(
         )
     if file is not None:
         return override(from_yaml(file), words)
-    recipe = find(recipes, str(name))
+    recipe = find(recipes, str(name), kind)
     known = inspect.signature(recipe.build).parameters.values()
     takes = {one.name for one in known if one.kind is not one.VAR_KEYWORD}
     pairs = {word: split(word) for word in words}
@@ -66,16 +71,17 @@ def config_of(recipe: Recipe, **arguments: object) -> TrainingConfig:
         raise UsageError(f"recipe {recipe.name}: {error}") from None
 
 
-def find(recipes: Mapping[str, Recipe], name: str) -> Recipe:
-    """A recipe by its name, or by the part of it that tells it from others.
+def find(recipes: Mapping[str, Recipe], name: str, kind: str | None = None) -> Recipe:
+    """A recipe by its name, or by the part of it that tells it from others: of a kind, its size.
 
     Raises:
         UsageError: there is none, with the closest.
 
     """
-    for one in (name, f"gpt_oss_{name}", f"{name}_config", f"gpt_oss_{name}_config"):
-        if one in recipes:
-            return recipes[one]
+    for stem in (name, f"{name}_{kind}") if kind else (name,):
+        for one in (stem, f"gpt_oss_{stem}", f"{stem}_config", f"gpt_oss_{stem}_config"):
+            if one in recipes:
+                return recipes[one]
     short = {_core(one): one for one in recipes}
     near = difflib.get_close_matches(_core(name), short, 1)
     hint = f"did you mean {short[near[0]]}? " if near else ""

@@ -1,4 +1,4 @@
-"""Running text in samples: megatron-core's blended datasets, and which of them a rank sees when.
+"""Samples into microbatches: which of them a rank sees when, read ahead by other processes.
 
 A step's samples depend on how many came before and on nothing else: not on the layout, nor on how often
 the run was stopped.
@@ -6,114 +6,149 @@ the run was stopped.
 
 from __future__ import annotations
 
-import warnings
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from itertools import count
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core import parallel_state
+from torch.utils.data import DataLoader, Dataset
 
 from gptoss_convert.errors import CheckpointError
 from gptoss_plugins.train.run.step import Batch
 
 if TYPE_CHECKING:
-    from gptoss_plugins.train.config import PretrainDataset, TrainingConfig
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from gptoss_plugins.train.config import TrainingConfig
 
 
-class Tokens:
-    """What megatron-core's datasets ask of a tokenizer.
+class Place(NamedTuple):
+    """A rank among those that share the data.
 
     Attributes:
-        eod: the token that ends a document.
-        pad: one that is never learned.
-        vocab_size: how many there are.
+        rank, ranks: its number among those that see different sequences, and how many there are.
+        part, parts: its number among those that share each sequence, and how many.
+        device: where its batches are to be.
 
     """
 
-    def __init__(self, name: str, vocab_size: int, eod: int, pad: int) -> None:
-        self.unique_identifiers = {"class": name, "size": str(vocab_size), "eod": str(eod)}
-        self.vocab_size, self.eod, self.pad = vocab_size, eod, pad
+    rank: int
+    ranks: int
+    part: int
+    parts: int
+    device: torch.device
 
 
-def build_datasets(config: TrainingConfig, tokens: Tokens) -> tuple[Any, Any]:
-    """Training and validation samples of running text; None where there are none.
-
-    Raises:
-        CheckpointError: a file is missing.
-
-    """
-    dataset: PretrainDataset = config.dataset  # type: ignore[assignment]
-    train = config.train
-    evaluations = train.train_iters // train.eval_interval + 1
-    wanted = [
-        train.train_iters * train.global_batch_size,
-        evaluations * train.eval_iters * train.global_batch_size,
-        0,
-    ]
-    if dataset.blend is not None:
-        _require(dataset.blend[0])
-    settings = GPTDatasetConfig(
-        random_seed=dataset.random_seed,
-        sequence_length=dataset.sequence_length,
-        blend=dataset.blend and tuple(map(_listed, dataset.blend)),
-        split=dataset.split,
-        path_to_cache=dataset.path_to_cache,
-        tokenizer=tokens,
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-        num_dataset_builder_threads=1,
+def place_of(device: torch.device) -> Place:
+    """This rank's."""
+    return Place(
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+        parallel_state.get_context_parallel_rank(),
+        parallel_state.get_context_parallel_world_size(),
+        device,
     )
-    kind = MockGPTDataset if dataset.blend is None else GPTDataset
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = BlendedMegatronDatasetBuilder(kind, wanted, lambda: True, settings).build()
-    return found[0], found[1]
 
 
-def _listed(value: Any) -> Any:
-    return None if value is None else list(value)
-
-
-def _require(prefixes: Any) -> None:
-    for prefix in prefixes:
-        for suffix in (".bin", ".idx"):
-            if not Path(prefix + suffix).is_file():
-                raise CheckpointError(
-                    f"{prefix}{suffix}: is not there; dataset.blend names prefixes of .bin and .idx "
-                    f"files, as data preprocess makes them"
-                )
-
-
-def batches_of(
-    dataset: Any,
-    start: int,
-    count: int,
-    config: TrainingConfig,
-    rank: tuple[int, int],
-    place: torch.device,
-) -> list[Batch]:
-    """This rank's microbatches of ``count`` samples from ``start`` on.
+class Steps:
+    """A rank's microbatches of step after step.
 
     Args:
-        dataset: of samples.
-        start: samples of earlier steps.
-        count: samples of all ranks together.
+        dataset: map-style; ``dataset[n]`` is a dict of ``tokens``, ``labels``, ``loss_mask`` and
+            perhaps ``positions`` and ``starts``, each ``[whole row]``.
         config: the run.
-        rank: this one's number among ``rank[1]`` data-parallel ranks.
-        place: where the batches are to be.
+        place: the rank.
+        vocabulary: rows of the model's embedding.
 
     """
-    me, ranks = rank
-    rows = config.train.micro_batch_size
-    found = []
-    for first in range(start + me * rows, start + count, rows * ranks):
-        samples = [dataset[number % len(dataset)] for number in range(first, first + rows)]
-        stacked = [
-            torch.stack([torch.as_tensor(sample[name]) for sample in samples]).to(place)
-            for name in ("tokens", "labels", "loss_mask")
-        ]
-        found.append(Batch(stacked[0].long(), stacked[1].long(), stacked[2].float()))
-    return found
+
+    def __init__(self, dataset: Any, config: TrainingConfig, place: Place, vocabulary: int) -> None:
+        self._dataset, self._config, self._place = dataset, config, place
+        self._vocabulary = vocabulary
+
+    def since(self, sample: int, steps: int | None = None) -> Iterator[list[Batch]]:
+        """Step after step, the first one from a sample on.
+
+        Raises:
+            CheckpointError: the data has tokens that the model has not.
+
+        """
+        train = self._config.train
+        each = train.global_batch_size // (train.micro_batch_size * self._place.ranks)
+        workers = self._config.dataset.num_workers
+        rows = DataLoader(
+            _Checked(self._dataset, self._vocabulary),
+            batch_sampler=self._numbers(sample, steps),
+            num_workers=workers,
+            pin_memory=self._place.device.type == "cuda",
+            prefetch_factor=max(2, each) if workers else None,
+        )
+        batches: list[Batch] = []
+        for row in rows:
+            batches.append(self._batch(row))
+            if len(batches) == each:
+                yield batches
+                batches = []
+
+    def _numbers(self, sample: int, steps: int | None) -> Iterator[list[int]]:
+        rows, size = self._config.train.micro_batch_size, self._config.train.global_batch_size
+        for step in count() if steps is None else range(steps):
+            start = sample + step * size
+            first = start + self._place.rank * rows
+            for number in range(first, start + size, rows * self._place.ranks):
+                yield list(range(number, number + rows))
+
+    def _batch(self, rows: dict[str, Tensor]) -> Batch:
+        length = rows["tokens"].shape[1]
+        if "positions" not in rows:
+            rows["positions"] = torch.arange(length).expand_as(rows["tokens"])
+        size = length // self._place.parts
+        part = slice(self._place.part * size, (self._place.part + 1) * size)
+        mine = {
+            name: rows[name][:, part] for name in ("tokens", "labels", "loss_mask", "positions")
+        }
+        there = {
+            name: tensor.contiguous().to(self._place.device, non_blocking=True)
+            for name, tensor in mine.items()
+        }
+        starts = rows.get("starts")
+        return Batch(
+            there["tokens"],
+            there["labels"],
+            there["loss_mask"],
+            there["positions"],
+            None if starts is None else starts.to(self._place.device, non_blocking=True),
+            length,
+        )
+
+
+class _Checked(Dataset[dict[str, Any]]):
+    """The dataset's samples, for any number, with none of them beyond the vocabulary."""
+
+    _TYPES = (
+        ("tokens", torch.int64),
+        ("labels", torch.int64),
+        ("loss_mask", torch.float32),
+        ("positions", torch.int64),
+        ("starts", torch.int64),
+    )
+
+    def __init__(self, dataset: Any, vocabulary: int) -> None:
+        self._dataset, self._vocabulary = dataset, vocabulary
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        sample = self._dataset[number]
+        found = {
+            name: torch.as_tensor(sample[name]).to(dtype)
+            for name, dtype in self._TYPES
+            if name in sample
+        }
+        largest = int(torch.maximum(found["tokens"], found["labels"]).max())
+        if largest >= self._vocabulary:
+            raise CheckpointError(
+                f"the data has token {largest}, and the model {self._vocabulary} tokens; prepare it "
+                f"with the model's own tokenizer"
+            )
+        return found

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-import signal
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,16 +20,21 @@ from gptoss_plugins.gpt_model.filling import fill
 from gptoss_plugins.gpt_model.world import world_of
 from gptoss_plugins.train.architecture import hf_config, megatron_fields
 from gptoss_plugins.train.ranks import layout_of
-from gptoss_plugins.train.run.data import Tokens, batches_of, build_datasets
+from gptoss_plugins.train.run.collecting import Collecting
+from gptoss_plugins.train.run.data import Steps, place_of
+from gptoss_plugins.train.run.datasets import datasets_of
+from gptoss_plugins.train.run.figures import expert_load, utilization
 from gptoss_plugins.train.run.saving import Progress, last_checkpoint, resume, save
 from gptoss_plugins.train.run.step import evaluate, train_step
-from gptoss_plugins.train.run.trainee import build_trainee, data_rank, rates
+from gptoss_plugins.train.run.stopping import Stop
+from gptoss_plugins.train.run.trainee import build_trainee, rates
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from gptoss_convert.registry import Registry
     from gptoss_plugins.train.config import TrainingConfig
+    from gptoss_plugins.train.run.step import Batch, Found
     from gptoss_plugins.train.run.trainee import Trainee
 
 
@@ -39,8 +43,6 @@ def run(
     registry: Registry,
     *,
     device: str | None,
-    tokens: Tokens,
-    files: Mapping[str, bytes],
     tell: Callable[[dict[str, Any]], None],
 ) -> Progress:
     """Train as a config says. All ranks call this together.
@@ -49,8 +51,6 @@ def run(
         config: the run; it has been checked.
         registry: the plugins.
         device: ``cpu`` or ``cuda``; CUDA where there is one, if None.
-        tokens: what the data's tokens are.
-        files: the tokenizer's files, kept in every checkpoint: name -> bytes.
         tell: gets a line of figures on rank 0.
 
     Returns:
@@ -61,45 +61,37 @@ def run(
 
     """
     logging.getLogger("megatron.core").setLevel(logging.ERROR)  # it tells what it is made of
+    cp, seed = config.model.context_parallel_size, config.rng.seed
     with ExitStack() as stack:
-        place = stack.enter_context(world_of(layout_of(config.model), device))
-        stop = stack.enter_context(_Stop(config.train.exit_signal_handler))
+        place = stack.enter_context(world_of(layout_of(config.model), device, cp=cp, seed=seed))
+        stop = stack.enter_context(Stop(config.train, place))
+        train, valid, files = datasets_of(config, registry)
         trainee, progress = _begin(config, registry, place)
-        train, valid = build_datasets(config, tokens)
-        companions = {
-            "config.json": json.dumps(hf_config(config.model), indent=2).encode(),
-            **files,
-        }
-
-        def keep() -> None:
-            if config.checkpoint.save:
-                save(
-                    Path(config.checkpoint.save),
-                    trainee,
-                    progress,
-                    companions,
-                    with_optimizer=config.checkpoint.save_optim,
-                    keep=config.checkpoint.most_recent_k,
-                )
-
-        saved = progress
+        collecting = stack.enter_context(Collecting(config.train))
+        one = _Run(config, trainee, files, tell)
+        steps = Steps(train, config, place_of(place), one.fields["vocab_size"])
+        held_out = valid and Steps(valid, config, place_of(place), one.fields["vocab_size"])
+        saved, coming = progress, steps.since(progress.samples)
         while progress.step < config.train.train_iters:
-            progress = _step(config, trainee, train, progress, place, tell)
-            step = progress.step
-            if (
-                valid is not None
-                and config.train.eval_iters
-                and step % config.train.eval_interval == 0
-            ):
-                _evaluate(config, trainee, valid, step, place, tell)
-            if step % config.checkpoint.save_interval == 0:
-                keep()
+            progress = one.step(progress, coming)
+            evaluated = _is_due(config.train.eval_interval, progress) and bool(
+                held_out and config.train.eval_iters
+            )
+            if held_out and evaluated:
+                one.evaluate(progress, held_out)
+            collecting.after(progress.step, evaluated=evaluated)
+            if _is_due(config.checkpoint.save_interval, progress):
+                one.save(progress)
                 saved = progress
-            if stop.is_wanted(place):
+            if stop.is_wanted(progress.step):
                 break
         if saved != progress:
-            keep()
+            one.save(progress)
         return progress
+
+
+def _is_due(interval: int, progress: Progress) -> bool:
+    return progress.step % interval == 0
 
 
 def _begin(
@@ -127,78 +119,85 @@ def _begin(
     return trainee, Progress()
 
 
-def _step(
-    config: TrainingConfig,
-    trainee: Trainee,
-    data: Any,
-    progress: Progress,
-    place: torch.device,
-    tell: Callable[[dict[str, Any]], None],
-) -> Progress:
-    size = config.train.global_batch_size
-    started = time.monotonic()
-    used = rates(trainee)
-    batches = batches_of(data, progress.samples, size, config, data_rank(), place)
-    found = train_step(trainee, batches)
-    took = time.monotonic() - started
-    step = progress.step + 1
-    if not math.isfinite(found.loss):
-        raise UsageError(
-            f"step {step}: the loss is {found.loss}; lower optimizer.lr, or look at the data"
-        )
-    if dist.get_rank() == 0 and (step % config.logger.log_interval == 0 or step == 1):
-        tokens = size * config.model.seq_length
-        tell(
-            {
-                "step": step,
-                "loss": found.loss,
-                "grad_norm": found.norm,
-                **used,
-                "tokens_per_second": tokens / took,
-                "seconds": took,
-                "samples": progress.samples + size,
-            }
-        )
-    return Progress(step, progress.samples + size)
+class _Run:
+    """What a run does again and again."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        trainee: Trainee,
+        files: Mapping[str, bytes],
+        tell: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._config, self._trainee, self._tell = config, trainee, tell
+        own = json.dumps(hf_config(config.model), indent=2).encode()
+        self._files = {"config.json": own, **files}
+        self.fields = megatron_fields(config.model)
+
+    def step(self, progress: Progress, coming: Any) -> Progress:
+        """The next one, with its line of figures if one is due."""
+        config, step = self._config, progress.step + 1
+        started = time.monotonic()
+        used = rates(self._trainee)
+        batches: Sequence[Batch] = next(coming)
+        _seed(config.rng.seed, step)
+        found = train_step(self._trainee, batches)
+        seconds = time.monotonic() - started
+        if not math.isfinite(found.loss):
+            raise UsageError(
+                f"step {step}: the loss is {found.loss}; lower optimizer.lr, or look at the data"
+            )
+        done = Progress(step, progress.samples + config.train.global_batch_size)
+        if step % config.logger.log_interval == 0 or step == 1:
+            self._report(done, found, used, seconds)
+        return done
+
+    def _report(
+        self, progress: Progress, found: Found, used: Mapping[str, float], seconds: float
+    ) -> None:
+        length = self._config.model.seq_length
+        rate = self._config.train.global_batch_size * length / seconds
+        load = expert_load(self._trainee)  # by all ranks
+        if dist.get_rank() == 0:
+            self._tell(
+                {
+                    "step": progress.step,
+                    "loss": found.loss,
+                    "grad_norm": found.norm,
+                    **used,
+                    "tokens_per_second": rate,
+                    **utilization(rate, self.fields, length),
+                    **load,
+                    "seconds": seconds,
+                    "samples": progress.samples,
+                }
+            )
+
+    def evaluate(self, progress: Progress, data: Steps) -> None:
+        """Always on the same samples, so that evaluations can be compared."""
+        steps = list(data.since(0, self._config.train.eval_iters))
+        losses = [evaluate(self._trainee, batches) for batches in steps]
+        if dist.get_rank() == 0:
+            self._tell({"step": progress.step, "validation_loss": sum(losses) / len(losses)})
+
+    def save(self, progress: Progress) -> None:
+        """Where the config says so."""
+        where = self._config.checkpoint
+        if where.save:
+            with self._trainee.whole_weights():
+                save(
+                    Path(where.save),
+                    self._trainee,
+                    progress,
+                    self._files,
+                    with_optimizer=where.save_optim,
+                    keep=where.most_recent_k,
+                )
 
 
-def _evaluate(
-    config: TrainingConfig,
-    trainee: Trainee,
-    data: Any,
-    step: int,
-    place: torch.device,
-    tell: Callable[[dict[str, Any]], None],
-) -> None:
-    """Always on the same samples, so that evaluations can be compared."""
-    count = config.train.eval_iters * config.train.global_batch_size
-    loss = evaluate(trainee, batches_of(data, 0, count, config, data_rank(), place))
-    if dist.get_rank() == 0:
-        tell({"step": step, "validation_loss": loss})
+def _seed(seed: int, step: int) -> None:
+    """A step's random numbers are its own, so a run that was stopped has those of one that was not.
 
-
-class _Stop:
-    """Whether SIGTERM has come, to any rank."""
-
-    def __init__(self, listen: bool) -> None:
-        self._listen, self._came = listen, False
-
-    def __enter__(self) -> Self:
-        if self._listen:
-            self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._listen:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def _note(self, *_: object) -> None:
-        self._came = True
-
-    def is_wanted(self, place: torch.device) -> bool:
-        """The same answer on all ranks."""
-        if not self._listen:
-            return False
-        came = torch.tensor([float(self._came)], device=place)
-        dist.all_reduce(came, op=dist.ReduceOp.MAX)
-        return bool(came.item())
+    Ranks differ: what they drop out is of different sequences, or of different parts of the model.
+    """
+    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + dist.get_rank())

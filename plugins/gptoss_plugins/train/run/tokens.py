@@ -9,7 +9,7 @@ from gptoss_convert.opening import open_source
 from gptoss_convert.untrusted import MOST_COMPANION, read_small
 from gptoss_plugins.data.byte_level import END, PADDING, SIZE, byte_level_files
 from gptoss_plugins.infer.tokenizer import load_tokenizer
-from gptoss_plugins.train.run.data import Tokens
+from gptoss_plugins.train.run.text import Tokens
 
 if TYPE_CHECKING:
     from gptoss_convert.registry import Registry

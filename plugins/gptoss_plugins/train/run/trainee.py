@@ -6,11 +6,11 @@ optimizer takes float32 only, and cannot clip: see ``clipping.py``.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -25,7 +25,7 @@ from gptoss_plugins.train.architecture import megatron_fields
 from gptoss_plugins.train.ranks import layout_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from gptoss_convert.registry import Registry
     from gptoss_plugins.gpt_model.live import LiveModel
@@ -56,6 +56,16 @@ class Trainee:
     clips: float
     dtype: torch.dtype
 
+    @contextlib.contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Inside, all weights are there; each is gathered as it is needed, otherwise, if they overlap."""
+        late = [chunk for chunk in self.chunks if chunk.use_forward_hook]
+        for chunk in late:
+            chunk.disable_forward_pre_hook()
+        yield
+        for chunk in late:
+            chunk.enable_forward_pre_hook()
+
 
 def build_trainee(
     config: TrainingConfig, registry: Registry, place: torch.device, *, random_weights: bool
@@ -70,11 +80,15 @@ def build_trainee(
         dtype,
         training=True,
         random_weights=random_weights,
-        overrides=_recompute(config),
+        overrides={
+            "cross_entropy_loss_fusion": config.model.cross_entropy_loss_fusion,
+            **_recompute(config),
+        },
     )
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.ddp.grad_reduce_in_fp32,
         overlap_grad_reduce=config.ddp.overlap_grad_reduce,
+        overlap_param_gather=config.ddp.overlap_param_gather,
         use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
         check_for_nan_in_grad=config.ddp.check_for_nan_in_grad,
         bucket_size=config.ddp.bucket_size,
@@ -90,6 +104,10 @@ def build_trainee(
                 config=model.config, ddp_config=ddp, module=inner, disable_bucketing=number > 0
             )
         )
+    if config.ddp.overlap_grad_reduce:
+        waits = [chunk.no_sync for chunk in chunks]
+        for model in live.models:
+            model.config.no_sync_func = waits if len(waits) > 1 else waits[0]
     clips = config.optimizer.clip_grad if place.type == "cpu" else 0.0
     optimizer = get_megatron_optimizer(_optimizer(config, dtype, clips), chunks)
     if place.type == "cuda":
@@ -156,11 +174,3 @@ def rates(trainee: Trainee) -> Mapping[str, float]:
         "lr": max(float(group["lr"]) for group in groups),
         "weight_decay": max(float(group["weight_decay"]) for group in groups),
     }
-
-
-def data_rank() -> tuple[int, int]:
-    """This rank's number among those that see different sequences, and how many there are."""
-    return (
-        parallel_state.get_data_parallel_rank(),
-        parallel_state.get_data_parallel_world_size(),
-    )

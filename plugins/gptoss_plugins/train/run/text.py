@@ -1,0 +1,93 @@
+"""Running text in samples: megatron-core's blended datasets."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+
+from gptoss_convert.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from gptoss_plugins.train.config import PretrainDataset, TrainingConfig
+
+
+class Tokens:
+    """What megatron-core's datasets ask of a tokenizer.
+
+    Attributes:
+        eod: the token that ends a document.
+        pad: one that is never learned.
+        vocab_size: how many there are.
+
+    """
+
+    def __init__(self, name: str, vocab_size: int, eod: int, pad: int) -> None:
+        self.unique_identifiers = {"class": name, "size": str(vocab_size), "eod": str(eod)}
+        self.vocab_size, self.eod, self.pad = vocab_size, eod, pad
+
+
+def text_datasets(config: TrainingConfig, tokens: Tokens) -> tuple[Any, Any]:
+    """Training and validation samples of running text; None where there are none.
+
+    Raises:
+        CheckpointError: a file is missing.
+
+    """
+    dataset: PretrainDataset = config.dataset  # type: ignore[assignment]
+    train = config.train
+    evaluations = train.train_iters // train.eval_interval + 1
+    wanted = [
+        train.train_iters * train.global_batch_size,
+        evaluations * train.eval_iters * train.global_batch_size,
+        0,
+    ]
+    if dataset.blend is not None:
+        _require(dataset.blend[0])
+    settings = GPTDatasetConfig(
+        random_seed=dataset.random_seed,
+        sequence_length=dataset.sequence_length,
+        blend=dataset.blend and tuple(map(_listed, dataset.blend)),
+        split=dataset.split,
+        path_to_cache=dataset.path_to_cache,
+        tokenizer=tokens,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        num_dataset_builder_threads=1,
+    )
+    kind = MockGPTDataset if dataset.blend is None else GPTDataset
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = BlendedMegatronDatasetBuilder(kind, wanted, lambda: True, settings).build()
+    train_samples, valid_samples, _ = (one and _Whole(one) for one in found)
+    return train_samples, valid_samples
+
+
+class _Whole:
+    """Samples of whole rows, without the positions that megatron-core numbers anew."""
+
+    def __init__(self, samples: Any) -> None:
+        self._samples = samples
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        sample = self._samples[number % len(self._samples)]
+        return {name: sample[name] for name in ("tokens", "labels", "loss_mask")}
+
+
+def _listed(value: Any) -> Any:
+    return None if value is None else list(value)
+
+
+def _require(prefixes: Any) -> None:
+    for prefix in prefixes:
+        for suffix in (".bin", ".idx"):
+            if not Path(prefix + suffix).is_file():
+                raise CheckpointError(
+                    f"{prefix}{suffix}: is not there; dataset.blend names prefixes of .bin and .idx "
+                    f"files, as data preprocess makes them"
+                )
