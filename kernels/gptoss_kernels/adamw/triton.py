@@ -66,7 +66,7 @@ def _step(
         mean = gradient - apart * (1.0 - fresh1)
     square = square * beta2 + fresh2 * gradient * gradient
     root_square = tl.div_rn(tl.sqrt_rn(square), root + tl.zeros_like(square))
-    weight = weight * decay + tl.div_rn(-rate * mean, root_square + eps)
+    weight = weight * decay - tl.div_rn(rate * mean, root_square + eps)
     tl.store(means, mean.to(exp_avg.dtype.element_ty), there)
     tl.store(squares, square.to(exp_avg_sq.dtype.element_ty), there)
     if SPLIT:

@@ -81,5 +81,5 @@ def _sum(
         tile = start + tl.arange(0, STEP)
         at = parts + tile.to(tl.int64)[:, None] * width + column[None, :]
         total += tl.load(at, (tile < end)[:, None] & inside[None, :], 0.0)
-    at = made + mine.to(tl.int64) * width + column
-    tl.store(at, tl.sum(total, 0).to(made.dtype.element_ty), inside)
+    to = made + mine.to(tl.int64) * width + column
+    tl.store(to, tl.sum(total, 0).to(made.dtype.element_ty), inside)

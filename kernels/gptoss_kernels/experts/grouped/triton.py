@@ -114,9 +114,9 @@ def _gated(
     column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width
     if BIAS:
-        at = bias + expert * 2 * width + column
-        gate_bias = tl.load(at, inside, 0.0).to(tl.float32)[None, :]
-        up_bias = tl.load(at + width, inside, 0.0).to(tl.float32)[None, :]
+        more = bias + expert * 2 * width + column
+        gate_bias = tl.load(more, inside, 0.0).to(tl.float32)[None, :]
+        up_bias = tl.load(more + width, inside, 0.0).to(tl.float32)[None, :]
     for start in range(first, end, STEP):
         row = start + tl.arange(0, STEP).to(tl.int64)
         mask = (row < end)[:, None] & inside[None, :]
@@ -127,8 +127,8 @@ def _gated(
             gate, up = gate + gate_bias, up + up_bias
         gate, up = _clamped(gate, up, limit)
         value = gate * tl.sigmoid(alpha * gate) * (up + offset)
-        at = made + row[:, None] * width + column[None, :]
-        tl.store(at, value.to(made.dtype.element_ty), mask)
+        to = made + row[:, None] * width + column[None, :]
+        tl.store(to, value.to(made.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -142,9 +142,9 @@ def _gated_back(
     column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width
     if BIAS:
-        at = bias + expert * 2 * width + column
-        gate_bias = tl.load(at, inside, 0.0).to(tl.float32)[None, :]
-        up_bias = tl.load(at + width, inside, 0.0).to(tl.float32)[None, :]
+        more = bias + expert * 2 * width + column
+        gate_bias = tl.load(more, inside, 0.0).to(tl.float32)[None, :]
+        up_bias = tl.load(more + width, inside, 0.0).to(tl.float32)[None, :]
         gate_sum = tl.zeros((STEP, COLUMNS), tl.float32)
         up_sum = tl.zeros((STEP, COLUMNS), tl.float32)
     for start in range(first, end, STEP):
@@ -168,9 +168,9 @@ def _gated_back(
             gate_sum += for_gate
             up_sum += for_up
     if BIAS:
-        at = parts + number.to(tl.int64) * 2 * width + column
-        tl.store(at, tl.sum(gate_sum, 0), inside)
-        tl.store(at + width, tl.sum(up_sum, 0), inside)
+        to = parts + number.to(tl.int64) * 2 * width + column
+        tl.store(to, tl.sum(gate_sum, 0), inside)
+        tl.store(to + width, tl.sum(up_sum, 0), inside)
 
 
 @triton.jit
