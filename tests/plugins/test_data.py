@@ -131,6 +131,7 @@ def test_an_unfinished_run_of_another_kind(job: Job, source: Path, tmp_path: Pat
     parts = tmp_path / "set.parts"
     parts.mkdir()
     (parts / "plan.json").write_text("[]")
+    (parts / "000000.idx").touch()
     with pytest.raises(IncompleteError, match="unfinished run of other inputs"):
         preprocess([source], tmp_path / "set", job)
 

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from gptoss_convert.options import (
-    Folder,
-    common_options,
-    hf_model_option,
-    megatron_option,
-    revision_option,
-)
-from gptoss_convert.program import choice_of, echo_json, registry_of
+from gptoss_convert.options import common_options
+from gptoss_convert.program import echo_json
+from gptoss_plugins.data.pack_command import pack_
+from gptoss_plugins.data.tokenizer_options import named_tokenizer, tokenizer_options
 from gptoss_plugins.gpt_model.installed import require_installed
 
 if TYPE_CHECKING:
@@ -55,11 +49,7 @@ def data() -> None:
     show_default=True,
     help="End every document with <|endoftext|>.",
 )
-@hf_model_option
-@revision_option
-@megatron_option
-@click.option("--tokenizer", type=Folder(), help="Folder with tokenizer.json.")
-@click.option("--byte-level", is_flag=True, help="A token per byte, as the tiny recipes have.")
+@tokenizer_options
 @click.option(
     "--workers", type=click.IntRange(1), default=None, help="Processes; one per core if left out."
 )
@@ -74,7 +64,6 @@ def preprocess_(
     output_prefix: Path,
     json_key: str,
     append_eod: bool,
-    byte_level: bool,
     workers: int | None,
     overwrite: bool,
     no_progress: bool,
@@ -87,22 +76,15 @@ def preprocess_(
     where it was; the bytes are the same, whatever the number of processes.
     """
     from gptoss_convert.progress import reporting
-    from gptoss_plugins.data.byte_level import byte_level_files
     from gptoss_plugins.data.preprocess import Job, preprocess
     from gptoss_plugins.data.units import find_files
-    from gptoss_plugins.infer.options import wanted_of
-    from gptoss_plugins.infer.session import tokenizer_files
 
     require_installed("writing an indexed dataset", "megatron", extras="megatron,data")
     total = sum(path.stat().st_size for path in find_files(inputs))
-    with contextlib.ExitStack() as stack:
-        if byte_level:
-            folder = Path(stack.enter_context(TemporaryDirectory(prefix="gptoss-convert-bytes-")))
-            for name, data_ in byte_level_files().items():
-                (folder / name).write_bytes(data_)
-            rest["tokenizer"] = folder
-        files, where = tokenizer_files(wanted_of(rest), registry_of(ctx), choice_of(**rest))
-        progress = stack.enter_context(reporting("tokenize", total, show=not no_progress))
+    with (
+        named_tokenizer(ctx, rest) as (files, where),
+        reporting("tokenize", total, show=not no_progress) as progress,
+    ):
         found = preprocess(
             inputs,
             output_prefix,
@@ -118,3 +100,6 @@ def preprocess_(
             f"{found['documents']:,} documents, {found['tokens']:,} tokens: {output_prefix}.bin, "
             f"{output_prefix}.idx"
         )
+
+
+data.add_command(pack_)

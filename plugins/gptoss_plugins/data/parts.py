@@ -22,23 +22,25 @@ if TYPE_CHECKING:
 NOTE = "plan.json"
 
 
-def claim(parts: Path, plan: str) -> None:
+def claim(parts: Path, plan: str, last: str) -> None:
     """Go on with what an earlier run left, if it is of the same inputs and options.
 
     Args:
         parts: the folder; made, if it is not there.
         plan: says all that decides the parts.
+        last: suffix of the file that a part has once it is whole.
 
     Raises:
-        IncompleteError: it is of others.
+        IncompleteError: it is of others, and has parts that are whole.
 
     """
     note = parts / NOTE
-    if note.exists() and note.read_text() != plan:
+    same = note.exists() and note.read_text() == plan
+    if not same and any(parts.glob(f"*{last}")):
         raise IncompleteError(
             f"{parts}: is an unfinished run of other inputs or options; finish it with those, or remove it"
         )
-    if not note.exists():
+    if not same:
         shutil.rmtree(parts, ignore_errors=True)
         parts.mkdir()
         note.write_text(plan)
@@ -68,10 +70,10 @@ def make_parts(
         job: how.
         last: suffix of the file that a part has once it is whole.
         workers: processes.
-        progress: is told bytes (of Parquet, row groups) of input as they are done.
+        progress: is told bytes of input as they are done.
 
     """
-    sizes = [unit.stop - unit.start for unit in units]
+    sizes = [unit.nbytes for unit in units]
     todo = [n for n in range(len(units)) if not part_file(parts, n, last).exists()]
     progress(sum(sizes) - sum(sizes[number] for number in todo))
     if workers == 1 or len(todo) < 2:

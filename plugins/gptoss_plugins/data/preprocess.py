@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from gptoss_plugins.data.units import Unit
 
 SCHEMA = "gptoss-convert.preprocess/1"
+LAST = ".idx"
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ def preprocess(
     files = find_files(inputs)
     units = [unit for path in files for unit in units_of(path)]
     parts = Path(f"{prefix}.parts")
-    claim(parts, _plan(units, job))
-    make_parts(make_part, parts, units, job, ".idx", workers=workers, progress=progress)
+    claim(parts, _plan(units, job), LAST)
+    make_parts(make_part, parts, units, job, LAST, workers=workers, progress=progress)
     found = _join(parts, len(units), target)
     shutil.rmtree(parts)
     return {
@@ -109,7 +110,7 @@ def make_part(parts: Path, number: int, unit: Unit, job: Job) -> None:
     import torch
 
     tokenizer = _tokenizer(job)
-    data, index = part_file(parts, number, ".bin"), part_file(parts, number, ".idx")
+    data, index = part_file(parts, number, ".bin"), part_file(parts, number, LAST)
     megatron = _indexed_dataset()
     dtype = megatron.DType.optimal_dtype(len(tokenizer))
     builder = megatron.IndexedDatasetBuilder(str(data), dtype=dtype)
@@ -155,7 +156,7 @@ def _indexed_dataset() -> Any:
 def _join(parts: Path, count: int, target: tuple[Path, Path]) -> dict[str, Any]:
     """The parts one behind the other; both files by a rename, the index last."""
     megatron = _indexed_dataset()
-    first = megatron._IndexReader(str(part_file(parts, 0, ".idx")), multimodal=False)
+    first = megatron._IndexReader(str(part_file(parts, 0, LAST)), multimodal=False)
     half = [path.with_name(path.name + ".part") for path in target]
     builder = megatron.IndexedDatasetBuilder(str(half[0]), dtype=first.dtype)
     for number in range(count):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from gptoss_convert.errors import CheckpointError, ConfigError, UsageError
@@ -30,12 +31,14 @@ class Unit:
         path: the file.
         start, stop: bytes ``[start, stop)`` of a plain one; row groups of a Parquet one; of a
             compressed one ``[0, size)``.
+        nbytes: of the file, about as many as it takes; all units together its size.
 
     """
 
     path: Path
     start: int
     stop: int
+    nbytes: int
 
 
 def find_files(inputs: Sequence[Path]) -> list[Path]:
@@ -66,9 +69,14 @@ def units_of(path: Path) -> list[Unit]:
     """A file's units, in order."""
     size = path.stat().st_size
     if path.suffix in PARQUET:
-        return [Unit(path, group, group + 1) for group in range(parquet_file(path).num_row_groups)]
+        count = parquet_file(path).num_row_groups
+        edges = [size * group // count for group in range(count + 1)] if count else []
+        return [
+            Unit(path, group, group + 1, end - start)
+            for group, (start, end) in enumerate(pairwise(edges))
+        ]
     if path.suffix in ZSTD:
-        return [Unit(path, 0, size)]
+        return [Unit(path, 0, size, size)]
     edges = [0]
     with open(path, "rb") as file:
         while edges[-1] + UNIT_BYTES < size:
@@ -77,8 +85,8 @@ def units_of(path: Path) -> list[Unit]:
             if file.tell() >= size:
                 break
             edges.append(file.tell())
-    ends = [*edges[1:], size]
-    return [Unit(path, *edge) for edge in zip(edges, ends, strict=True) if edge[0] < edge[1]]
+    pairs = pairwise([*edges, size])
+    return [Unit(path, start, stop, stop - start) for start, stop in pairs if start < stop]
 
 
 def documents(unit: Unit, key: str) -> Iterator[str]:

@@ -75,7 +75,7 @@ def tokenize(
 
     """
     units = [unit for path in files for unit in units_of(path)]
-    claim(parts, plan_of(units, job))
+    claim(parts, plan_of(units, job), LAST)
     make_parts(make_part, parts, units, job, LAST, workers=workers, progress=progress)
     samples = Samples(parts, len(units))
     if not samples.records:

@@ -114,12 +114,14 @@ def _made(
             if not training.is_file():
                 parts = folder / f"{stem}-{key}.parts"
                 log.info("%s: making samples of it, in %s", path, folder)
-                samples = tokenize([path], parts, job, workers=_workers(path))
-                chosen, held = split(samples.owners, samples.records, config, share)
-                if len(held):
-                    pack(samples, held, validation, shape, job, f"{path}, validation part")
-                pack(samples, chosen, training, shape, job, str(path))
-                shutil.rmtree(parts)
+                try:
+                    samples = tokenize([path], parts, job, workers=_workers(path))
+                    chosen, held = split(samples.owners, samples.records, config, share)
+                    if len(held):
+                        pack(samples, held, validation, shape, job, f"{path}, validation part")
+                    pack(samples, chosen, training, shape, job, str(path))
+                finally:  # only a run that is killed leaves it, for the next one to go on from
+                    shutil.rmtree(parts, ignore_errors=True)
     return training, validation if validation.is_file() else None
 
 

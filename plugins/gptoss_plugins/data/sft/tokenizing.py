@@ -69,13 +69,14 @@ def make_part(parts: Path, number: int, unit: Unit, job: Job) -> None:
                 ids.write(sample.ids.tobytes())
                 learned.write(sample.learned.tobytes())
                 lengths.append(len(sample.ids))
-    half = part_file(parts, number, ".half.npz")
-    np.savez(
-        half,
-        lengths=np.array(lengths, np.int64),
-        owners=np.array(owners, np.int64),
-        records=np.array(records, np.int64),
-    )
+    half = part_file(parts, number, ".half")
+    with open(half, "wb") as file:
+        np.savez(
+            file,
+            lengths=np.array(lengths, np.int64),
+            owners=np.array(owners, np.int64),
+            records=np.array(records, np.int64),
+        )
     half.rename(part_file(parts, number, LAST))
 
 
