@@ -59,7 +59,8 @@ def _type(schema: Any, indent: str, depth: int) -> str:
         return "any"
     kind = schema.get("type")
     if isinstance(schema.get("oneOf"), list):
-        return "".join(f"\n{line}" for line in _variants(schema, indent, depth))
+        variants = _variants(schema, indent, depth, quotes_all=True)
+        return "".join(f"\n{line}" for line in variants)
     if isinstance(kind, list):
         return " | ".join(_NAMES.get(str(one), str(one)) for one in kind) or "any"
     if kind == "object":
@@ -123,7 +124,7 @@ def _variants(schema: Mapping[str, Any], indent: str, depth: int, above: str = "
         text = _words(told, "description")
         if above and (number == 0 or text == above):
             text = ""
-        words = [text for text in (text, _default(told)) if text]
+        words = [text for text in (text, _default(told, quotes_all=quotes_all)) if text]
         yield f"{line} // {' '.join(words)}" if words else line
 
 
@@ -131,13 +132,13 @@ def _nullable(schema: Mapping[str, Any], type_: str) -> str:
     return f"{type_} | null" if schema.get("nullable") is True and "null" not in type_ else type_
 
 
-def _default(schema: Mapping[str, Any]) -> str:
-    """``default: ...``; text in quotes, unless it is one of an enum."""
+def _default(schema: Mapping[str, Any], *, quotes_all: bool = False) -> str:
+    """``default: ...``; text in quotes, unless it is one of an enum, and not inside of a union."""
     if "default" not in schema:
         return ""
     value = schema["default"]
     if isinstance(value, str):
-        return f"default: {value if schema.get('enum') else _quoted(value)}"
+        return f"default: {value if schema.get('enum') and not quotes_all else _quoted(value)}"
     return f"default: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}"
 
 
