@@ -116,7 +116,14 @@ def _first_description(schema: Mapping[str, Any]) -> str:
     return _words(first, "description") if isinstance(first, dict) else ""
 
 
-def _variants(schema: Mapping[str, Any], indent: str, depth: int, above: str = "") -> Iterator[str]:
+def _variants(
+    schema: Mapping[str, Any],
+    indent: str,
+    depth: int,
+    above: str = "",
+    *,
+    quotes_all: bool = False,
+) -> Iterator[str]:
     """A line for each. Under a description above, the first one's is left out, and equal ones are."""
     for number, variant in enumerate(schema["oneOf"]):
         told = variant if isinstance(variant, dict) else {}
