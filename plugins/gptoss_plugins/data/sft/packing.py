@@ -13,6 +13,8 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+_BLOCK = 1024  # packs
+
 
 def first_fit_decreasing(
     lengths: NDArray[np.int64], capacity: int
@@ -20,8 +22,7 @@ def first_fit_decreasing(
     """Which samples each pack has.
 
     All samples of one length are placed at once: in the order of packs, each takes as many as fit, as
-    one after the other would. So the work is that of looking at the open packs once for each length
-    there is; half of all, those above half the capacity, need no look.
+    one after the other would. Packs are looked at in blocks, and only those that have one that fits.
 
     Args:
         lengths: int64 ``[n]``, each from 1 to ``capacity``.
@@ -34,30 +35,66 @@ def first_fit_decreasing(
     """
     order = np.argsort(-lengths, kind="stable")
     sizes, counts = np.unique(lengths, return_counts=True)
-    home = np.empty(len(lengths), np.int64)  # of order's samples
-    free = np.empty(len(lengths), np.int64)  # of packs
-    open_ = np.empty(0, np.int64)  # packs that take the shortest sample, by number
-    packs = placed = 0
+    packs = _Packs(len(lengths), capacity)
     for size, count in zip(sizes[::-1].tolist(), counts[::-1].tolist(), strict=True):
-        left = count
-        if len(open_):
-            fitting = open_[free[open_] >= size]
-            takes = np.diff(np.minimum(np.cumsum(free[fitting] // size), count), prepend=0)
-            found = int(takes.sum())
-            home[placed : placed + found] = np.repeat(fitting, takes)
-            free[fitting] -= takes * size
-            placed, left = placed + found, count - found
+        left = packs.fill(size, count)
         if left:
-            each = capacity // size
-            new = -(-left // each)
-            takes = np.full(new, each)
-            takes[-1] = left - each * (new - 1)
-            numbers = np.arange(packs, packs + new)
-            home[placed : placed + left] = np.repeat(numbers, takes)
-            free[numbers] = capacity - takes * size
-            packs, placed = packs + new, placed + left
-            open_ = np.concatenate([open_, numbers])
-        open_ = open_[free[open_] >= sizes[0]]
+            packs.open(size, left)
+    home = np.concatenate([*packs.homes, np.empty(0, np.int64)])
     by_pack = np.argsort(home, kind="stable")
-    edges = np.searchsorted(home[by_pack], np.arange(packs + 1))
-    return order[by_pack], edges
+    return order[by_pack], np.searchsorted(home[by_pack], np.arange(packs.count + 1))
+
+
+class _Packs:
+    """Those that are open, and what is free in them.
+
+    Attributes:
+        count: how many there are.
+        homes: the pack of each sample placed, int64 pieces.
+
+    """
+
+    def __init__(self, most: int, capacity: int) -> None:
+        self.count, self._capacity = 0, capacity
+        blocks = -(-most // _BLOCK)
+        self._free = np.zeros(blocks * _BLOCK, np.int64)
+        self._most_free = np.zeros(blocks, np.int64)
+        self.homes: list[NDArray[np.int64]] = []
+
+    def fill(self, size: int, count: int) -> int:
+        """Place samples of one length in packs that there are; how many are left."""
+        block, width = 0, 1
+        while count:
+            fitting = self._most_free[block:] >= size
+            ahead = int(fitting.argmax()) if len(fitting) else 0
+            if not len(fitting) or not fitting[ahead]:
+                break
+            block += ahead
+            count -= self._fill_blocks(block, width, size, count)
+            block += width
+            width *= 2  # where many are to be placed, few steps
+        return count
+
+    def _fill_blocks(self, block: int, width: int, size: int, count: int) -> int:
+        first = block * _BLOCK
+        free = self._free[first : first + width * _BLOCK]
+        fitting = np.flatnonzero(free >= size)
+        takes = np.diff(np.minimum(np.cumsum(free[fitting] // size), count), prepend=0)
+        free[fitting] -= takes * size
+        self.homes.append(np.repeat(fitting + first, takes))
+        self._most_free[block : block + width] = free.reshape(-1, _BLOCK).max(axis=1)
+        return int(takes.sum())
+
+    def open(self, size: int, count: int) -> None:
+        """Place samples of one length in packs of their own."""
+        each = self._capacity // size
+        new = -(-count // each)
+        takes = np.full(new, each)
+        takes[-1] = count - each * (new - 1)
+        numbers = np.arange(self.count, self.count + new)
+        self.homes.append(np.repeat(numbers, takes))
+        self._free[numbers] = self._capacity - takes * size
+        first, last = self.count // _BLOCK, (self.count + new - 1) // _BLOCK + 1
+        blocks = self._free[first * _BLOCK : last * _BLOCK].reshape(-1, _BLOCK)
+        self._most_free[first:last] = blocks.max(axis=1)
+        self.count += new
