@@ -16,6 +16,8 @@ pytest.importorskip("triton")
 
 from gptoss_kernels import backends
 from gptoss_kernels.experts import Activation, gated, weighed
+from gptoss_kernels.experts.grouped import triton as kernels
+from gptoss_kernels.experts.grouped.triton import Cut
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPU = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")]
@@ -27,6 +29,15 @@ CLOSE = {
 }
 NO_LIMIT = Activation(1.3, None, 0.25)
 each_backend = pytest.mark.parametrize("backend", backends.BACKENDS)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks of few columns, and fewer steps, each of which takes the interpreter long."""
+    if DEVICE == "cpu":
+        for name in ("_GATED", "_GATED_BACK", "_WEIGHED", "_WEIGHED_BACK"):
+            monkeypatch.setattr(kernels, name, Cut(64, 16, 32, 4, 1))
+
 
 # Rows of each expert: empty ones at the start, between and at the end; tiles of 64 rows, full or not.
 COUNTS = {
@@ -117,6 +128,7 @@ def check(case: Case, function: Callable[[Case], Tensor], words: Callable[[Case]
 
 
 @each_backend
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", COUNTS)
@@ -132,6 +144,7 @@ def test_gated(name: str, bias: bool, dtype: torch.dtype, backend: str) -> None:
 
 
 @each_backend
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", COUNTS)
@@ -145,15 +158,16 @@ def test_weighed(name: str, bias: bool, dtype: torch.dtype, backend: str) -> Non
 
 
 @each_backend
-def test_several_blocks_of_columns(backend: str) -> None:
-    case = made((5, 0, 66), 1210, 605, torch.float32)
+def test_cut_as_it_is(backend: str) -> None:
+    """Several tiles and blocks of columns, of the sizes that are used."""
+    case = made((2, 0, 35), 2110, 1055, torch.float32)
     check(
         case,
         lambda x: gated(x.rows, x.bias, x.counts, NO_LIMIT, backend=backend),
         lambda x: gated_by_words(x, NO_LIMIT),
     )
     check(
-        made((5, 0, 66), 605, 605, torch.float32),
+        made((1, 130), 1055, 1055, torch.float32),
         lambda x: weighed(x.rows, x.bias, x.counts, x.shares, backend=backend),
         weighed_by_words,
     )
@@ -219,6 +233,18 @@ def test_rows_and_gradients_of_any_strides(backend: str) -> None:
     torch.testing.assert_close(rows.grad, plain.grad)
 
 
+def test_wrong_counts_do_no_harm() -> None:
+    """Values are not checked: of more rows than there are, none is written beyond the end."""
+    memory = torch.full((7, 22), 3.0, device=DEVICE)
+    rows, bias = memory[:5].requires_grad_(), torch.zeros(2, 22, device=DEVICE).requires_grad_()
+    counts = torch.tensor([4, 200], device=DEVICE)
+    made = gated(rows, bias, counts, Activation(), backend="triton")
+    made.sum().backward()
+    weighed(rows, bias, counts, torch.ones(5, device=DEVICE), backend="triton").sum().backward()
+    assert torch.equal(memory, torch.full_like(memory, 3.0))
+    assert made.unique().numel() == 1
+
+
 # name -> what is changed, as a function of the case, and a word of the message
 WRONG = {
     "rows of one axis": (lambda x: {"rows": x.rows[0]}, "is torch.float32"),
@@ -226,6 +252,7 @@ WRONG = {
     "bias of other columns": (lambda x: {"bias": x.bias[:, 1:]}, "the bias is"),
     "a bias too few": (lambda x: {"bias": x.bias[1:]}, "the bias is"),
     "counts of 32 bits": (lambda x: {"counts": x.counts.int()}, "counts are"),
+    "no experts": (lambda x: {"counts": x.counts[:0]}, "counts are"),
     "counts elsewhere": (lambda x: {"counts": x.counts.to("meta")}, "on meta"),
 }
 

@@ -146,7 +146,12 @@ def _check(name: str, rows: Tensor, bias: Tensor | None, counts: Tensor) -> None
             f"{name} is {rows.dtype} {list(rows.shape)}, and must be rows in bfloat16, float16 or "
             "float32"
         )
-    if counts.dim() != 1 or counts.dtype != torch.int64 or counts.device != rows.device:
+    if (
+        counts.dim() != 1
+        or not len(counts)
+        or counts.dtype != torch.int64
+        or counts.device != rows.device
+    ):
         raise ValueError(
             f"counts are {counts.dtype} {list(counts.shape)} on {counts.device}, and must be int64 "
             f"[E] on {rows.device}"
