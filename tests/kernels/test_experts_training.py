@@ -47,6 +47,10 @@ COUNTS = {
     "all in one": (0, 131, 0, 0),
     "no rows": (0, 0, 0),
 }
+CASES = [
+    *((name, torch.float32) for name in COUNTS),
+    *(("tiles", dtype) for dtype in (torch.float16, torch.bfloat16)),
+]
 
 
 class Case(NamedTuple):
@@ -129,9 +133,8 @@ def check(case: Case, function: Callable[[Case], Tensor], words: Callable[[Case]
 
 @each_backend
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_gated(name: str, bias: bool, dtype: torch.dtype, backend: str) -> None:
     """Of 37 columns, which no tile divides, and with a limit that about a third is beyond."""
     how = Activation(1.702, 3.5, 1.0)
@@ -145,9 +148,8 @@ def test_gated(name: str, bias: bool, dtype: torch.dtype, backend: str) -> None:
 
 @each_backend
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_weighed(name: str, bias: bool, dtype: torch.dtype, backend: str) -> None:
     case = made(COUNTS[name], 41, 41, dtype, bias)
     check(
