@@ -6,6 +6,7 @@ By hand on a token per byte; the slow tests compare with OpenAI's library on its
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import runpy
@@ -197,6 +198,22 @@ def test_masks_by_hand(name: str, tokenizer: Tokenizer) -> None:
         ids, learned = support.read(SYSTEM + text, tokenizer)
         assert sample.ids.tolist() == ids
         assert sample.learned.tolist() == learned
+
+
+def test_objects_as_json_texts(tokenizer: Tokenizer) -> None:
+    """As ``datasets`` keeps those whose fields are not all alike."""
+    tools = [
+        {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+    ]
+    messages = [_user('{"role": "x"}'), CALL, RESULT, _answer("1.")]
+    folded = [json.dumps(message) for message in messages]
+    whole = support.shown({"messages": messages, "tools": tools}, CHAT, tokenizer)
+    assert len(whole) == 1
+    for record in [
+        {"messages": folded, "tools": [json.dumps(tools[0])]},
+        {"messages": json.dumps(messages), "tools": json.dumps(tools)},
+    ]:
+        assert support.shown(record, CHAT, tokenizer) == whole
 
 
 def test_tools_and_date_and_effort(tokenizer: Tokenizer) -> None:

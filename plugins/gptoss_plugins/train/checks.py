@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
 from typing import TYPE_CHECKING
 
 from gptoss_convert.errors import PlanError, UsageError
+from gptoss_plugins.train import nearest
 from gptoss_plugins.train.architecture import megatron_fields
 from gptoss_plugins.train.layout_checks import layout_problems, size_problems
 from gptoss_plugins.train.reading import NUMBER
@@ -13,7 +15,7 @@ from gptoss_plugins.train.reading import NUMBER
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from gptoss_plugins.train.config import TrainingConfig
+    from gptoss_plugins.train.config import SftDataset, TrainingConfig
 
 _KEEP = "checkpoint.most_recent_k"
 
@@ -151,18 +153,7 @@ def _formats(config: TrainingConfig) -> Iterator[str]:
 def _data(config: TrainingConfig) -> Iterator[str]:
     data = config.dataset
     if data.kind == "sft":
-        if data.dataset_name is None and data.dataset_root is None:
-            yield (
-                "dataset has neither dataset.dataset_root nor dataset.dataset_name; say "
-                "dataset.dataset_name=squad"
-            )
-        if data.packing and config.train.micro_batch_size > 1:
-            yield (
-                f"train.micro_batch_size {config.train.micro_batch_size} does not go with "
-                f"dataset.packing, where a pack is a batch; say train.micro_batch_size=1"
-            )
-        if not data.loss_channels:
-            yield "dataset.loss_channels is empty, nothing would be learned; say [final] at least"
+        yield from _questions(config, data)
         return
     paths, weights = data.blend or ((), None)
     if data.blend is not None and not paths:
@@ -179,3 +170,43 @@ def _data(config: TrainingConfig) -> Iterator[str]:
             f"dataset.split {data.split!r} is not three weights, the first above 0; say "
             f"dataset.split='9999,8,2'"
         )
+
+
+def _questions(config: TrainingConfig, data: SftDataset) -> Iterator[str]:
+    """Of fine-tuning."""
+    if data.dataset_name is None and data.dataset_root is None:
+        yield (
+            "dataset has neither dataset.dataset_root nor dataset.dataset_name; say "
+            "dataset.dataset_name=squad"
+        )
+    if data.packing and config.train.micro_batch_size > 1:
+        yield (
+            f"train.micro_batch_size {config.train.micro_batch_size} does not go with "
+            f"dataset.packing, where a pack is a batch; say train.micro_batch_size=1"
+        )
+    if data.packing and data.sequence_length % data.pad_seq_to_mult:
+        best = nearest.multiple(data.sequence_length, data.pad_seq_to_mult)
+        yield (
+            f"dataset.sequence_length {data.sequence_length} is no multiple of "
+            f"dataset.pad_seq_to_mult {data.pad_seq_to_mult}; say dataset.sequence_length={best} and "
+            f"model.seq_length={best}"
+        )
+    if not data.loss_channels:
+        yield "dataset.loss_channels is empty, nothing would be learned; say [final] at least"
+    if data.conversation_date is not None and not _is_date(data.conversation_date):
+        yield (
+            f"dataset.conversation_date {data.conversation_date!r} is no date; say "
+            f"dataset.conversation_date=2025-08-05, or null for none"
+        )
+    if config.tokenizer.tokenizer_type == "NullTokenizer":
+        yield (
+            "tokenizer.tokenizer_type NullTokenizer reads no text, which dataset.kind sft has; say "
+            "tokenizer.tokenizer_type=HuggingFaceTokenizer"
+        )
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False

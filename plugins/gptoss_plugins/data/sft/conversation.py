@@ -13,7 +13,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from gptoss_plugins.data.sft.harmony import ASSISTANT, Said
-from gptoss_plugins.data.sft.records import BadRecordError, require_utf8
+from gptoss_plugins.data.sft.records import BadRecordError, require_utf8, unfolded
 from gptoss_plugins.data.sft.tools import describe_tools
 from gptoss_plugins.infer.completion import ANALYSIS, COMMENTARY, FINAL
 
@@ -37,7 +37,7 @@ def said_in(record: Mapping[str, Any], key: str, tools: Any) -> list[Said]:
         BadRecordError: a message that harmony has no form for, or none that could be learned.
 
     """
-    messages = record.get(key)
+    messages = unfolded(record.get(key))
     if not isinstance(messages, list | tuple) or not messages:
         names = ", ".join(map(repr, record)) or "nothing"
         raise BadRecordError(
@@ -46,7 +46,7 @@ def said_in(record: Mapping[str, Any], key: str, tools: Any) -> list[Said]:
         )
     found: list[Said] = []
     functions: dict[str, str] = {}
-    for number, message in enumerate(messages):
+    for number, message in enumerate(map(unfolded, messages)):
         if not isinstance(message, dict) or message.get("role") not in _ROLES:
             role = message.get("role") if isinstance(message, dict) else message
             raise BadRecordError(
@@ -89,7 +89,7 @@ def _assistant(
 ) -> Iterator[Said]:
     learned = message.get("weight") not in (0, False)
     thinking = next((text for key in _THINKING if (text := _text(message, key, place))), "")
-    calls = message.get("tool_calls") or ()
+    calls = unfolded(message.get("tool_calls")) or ()
     if calls and content and not thinking:
         thinking, content = content, ""
     if not (thinking or content or calls):
@@ -117,7 +117,10 @@ def _call(calls: Any, place: str, functions: dict[str, str]) -> tuple[str, str]:
             f"{place} has several tool_calls, where harmony makes one at a time; write each as a message "
             f"of its own, followed by its result"
         )
-    call = calls[0].get("function", calls[0]) if isinstance(calls[0], dict) else {}
+    first = unfolded(calls[0])
+    first = first if isinstance(first, dict) else {}
+    call = unfolded(first.get("function", first))
+    call = call if isinstance(call, dict) else {}
     name, arguments = call.get("name"), call.get("arguments", "{}")
     if not isinstance(name, str) or not name:
         raise BadRecordError(f"{place} has a tool call without the name of a function; name it")
@@ -125,7 +128,7 @@ def _call(calls: Any, place: str, functions: dict[str, str]) -> tuple[str, str]:
         arguments = json.dumps(arguments, ensure_ascii=False)
     require_utf8("arguments", arguments)
     author = name if "." in name else f"functions.{name}"
-    if isinstance(number := calls[0].get("id"), str):
+    if isinstance(number := first.get("id"), str):
         functions[number] = author
     return author, arguments
 

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xxhash import xxh3_64
+
 from gptoss_convert.errors import ConfigError
 from gptoss_plugins.data.sft.locking import alone_in
 from gptoss_plugins.gpt_model.installed import require_installed
@@ -31,7 +33,7 @@ def exported(
         ConfigError: there is no such data, or ``datasets`` is not installed.
 
     """
-    stem = re.sub(r"[^\w.-]+", "_", "-".join([name, *([subset] if subset else [])]))
+    stem = re.sub(r"[^\w.-]+", "_", "-".join([name, *([subset] if subset else []), *_state(name)]))
     training = folder / f"{stem}-{split}.parquet"
     held_out = folder / f"{stem}-{validation}.parquet" if validation else None
     if training.is_file():  # written last
@@ -43,6 +45,13 @@ def exported(
                 _write_if_there(name, subset, validation, held_out, sure=sure)
             _write(_load(name, subset, split), training)
     return training, held_out if held_out and held_out.is_file() else None
+
+
+def _state(name: str) -> list[str]:
+    """Of a local folder: a checksum of what files it has, so that other data are read anew."""
+    files = [*Path(name).rglob("*")] if Path(name).is_dir() else []
+    facts = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+    return [xxh3_64(repr(sorted(facts)).encode()).hexdigest()] if facts else []
 
 
 def _write_if_there(name: str, subset: str | None, split: str, path: Path, *, sure: bool) -> None:

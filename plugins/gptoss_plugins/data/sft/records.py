@@ -95,3 +95,14 @@ def require_utf8(key: str, text: str) -> None:
         raise BadRecordError(
             f"has a {key!r} with half a surrogate pair at character {error.start}; mend it"
         ) from None
+
+
+def unfolded(value: Any) -> Any:
+    """An object or a list; ``datasets`` keeps those of mixed fields as JSON texts. Others as they are."""
+    if not isinstance(value, str):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return found if isinstance(found, dict | list) else value

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from gptoss_plugins.data.sft.records import BadRecordError, require_utf8
+from gptoss_plugins.data.sft.records import BadRecordError, require_utf8, unfolded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -28,12 +28,12 @@ def describe_tools(tools: Any) -> str:
         BadRecordError: it is in another one.
 
     """
-    if not tools:
+    if not (tools := unfolded(tools)):
         return ""
     if not isinstance(tools, list | tuple):
         raise BadRecordError("has tools that are no list; write one, in OpenAI's form")
     lines = ["# Tools", "", "## functions", "", "namespace functions {", ""]
-    for number, tool in enumerate(tools):
+    for number, tool in enumerate(map(unfolded, tools)):
         lines += [*_function(tool, number), ""]
     found = "\n".join([*lines, "} // namespace functions"])
     require_utf8("tools", found)
@@ -41,12 +41,12 @@ def describe_tools(tools: Any) -> str:
 
 
 def _function(tool: Any, number: int) -> Iterator[str]:
-    told = tool.get("function", tool) if isinstance(tool, dict) else {}
+    told = unfolded(tool.get("function", tool)) if isinstance(tool, dict) else {}
     name = told.get("name") if isinstance(told, dict) else None
     if not isinstance(name, str) or not name:
         raise BadRecordError(f"has a tool {number} without the name of a function; name it")
     yield from (f"// {line}" for line in _words(told, "description").splitlines())
-    parameters = told.get("parameters")
+    parameters = unfolded(told.get("parameters"))
     takes = f"_: {_type(parameters, '', _DEEPEST)}" if isinstance(parameters, dict) else ""
     yield f"type {name} = ({takes}) => any;"
 
