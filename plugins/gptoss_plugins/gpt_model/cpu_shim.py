@@ -38,7 +38,7 @@ def _names_cuda(value: Any) -> bool:
 
 
 class _CpuForCuda(TorchFunctionMode):
-    """Sends factory calls, ``.to("cuda")`` and ``.cuda()`` to the CPU."""
+    """Sends factory calls, ``.to("cuda")`` and ``.cuda()`` to the CPU; types are called CUDA's."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -48,7 +48,10 @@ class _CpuForCuda(TorchFunctionMode):
         kwargs = {k: CPU if _names_cuda(v) else v for k, v in (kwargs or {}).items()}
         if func is torch.Tensor.to:
             args = tuple(CPU if _names_cuda(a) else a for a in args)
-        return func(*args, **kwargs)
+        found = func(*args, **kwargs)
+        if func is torch.Tensor.type and isinstance(found, str):  # which optimizers look at
+            return found.replace("torch.", "torch.cuda.")
+        return found
 
 
 class _Idle:

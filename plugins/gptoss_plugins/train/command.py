@@ -112,8 +112,6 @@ def _train(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that Transformer Engine and Apex are not installed
         from gptoss_plugins.train.run.loop import run
-        from gptoss_plugins.train.run.place import require_place
-    require_place(config, device)
     with Telling(config, rank=rank, show=rank == 0 and not as_json) as telling:
         progress = run(config, registry_of(ctx), device=device, tell=telling.tell)
     if rank:

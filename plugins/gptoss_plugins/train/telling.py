@@ -116,7 +116,7 @@ class TensorBoard:
     def __init__(self, folder: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(folder)  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(folder)
 
     def __enter__(self) -> Self:
         return self
@@ -138,13 +138,14 @@ class WandB:
 
         logger: LoggerConfig = config.logger
         is_known = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if is_known else "offline")
         self._run: Any = wandb.init(
             project=logger.wandb_project,
             entity=logger.wandb_entity,
             name=logger.wandb_exp_name,
             dir=logger.wandb_save_dir,
             config=to_plain(config),
-            mode=os.environ.get("WANDB_MODE") or ("online" if is_known else "offline"),
+            mode=mode,
         )
 
     def __enter__(self) -> Self:

@@ -21,12 +21,14 @@ class CheckpointConfig:
         save_interval: steps between two checkpoints; the last step is always saved.
         most_recent_k: checkpoints to keep, older ones are removed; -1 keeps all.
         save_optim: save the optimizer's and scheduler's state.
-        save_rng: save the state of the random numbers.
+        save_rng: changes nothing: a step's random numbers come of rng.seed and its number, so a run
+            that goes on has them anyway.
         load_optim: go on with that of the optimizer and scheduler.
-        load_rng: go on with that of the random numbers.
+        load_rng: likewise.
         finetune: take the weights of ``load`` only, and begin at step 0.
         ckpt_format: of checkpoints.
-        fully_parallel_save: data-parallel ranks each write a part of what they all hold.
+        fully_parallel_save: data-parallel ranks each write a part of what they all hold; else the
+            first of them writes it.
 
     """
 

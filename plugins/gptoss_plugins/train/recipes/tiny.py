@@ -48,7 +48,7 @@ def tiny_sft_config() -> TrainingConfig:
         dataset=SftDataset(sequence_length=256, num_workers=0),
         logger=LoggerConfig(log_interval=1),
     ).having(
-        model={"seq_length": 256},
+        model={"seq_length": 256, "calculate_per_token_loss": True},
         train={"train_iters": 100, "global_batch_size": 8, "micro_batch_size": 1},
         optimizer={"lr": 5e-4, "min_lr": 0.0, "adam_beta2": 0.98},
         scheduler={"lr_warmup_iters": 10},

@@ -1,56 +1,58 @@
-"""The norm of all gradients together, over all ranks; and clipping where megatron-core cannot.
+"""The norm of all gradients together, over all ranks, and clipping by it.
 
-Its own asks for CUDA tensors by name. The norm counts every weight of the model once, whatever the
-layout: those that tensor-parallel ranks hold alike on the first of them, experts on the ranks that have
-them, and each data-parallel rank has the same.
+megatron-core's own, without Apex, rounds bfloat16 norms to three digits, waits for the GPU at every
+tensor, and copies every gradient to scale it. Which gradients count on which rank is megatron-core's:
+every weight of the model once, whatever the layout.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+
+from gptoss_plugins.train.run.adam import Adam
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from torch import Tensor
+    from collections.abc import Iterator
 
 
-def gradient_norm(chunks: Iterable[Any]) -> float:
-    """The L2 norm, by all ranks together."""
-    dense = torch.zeros((), dtype=torch.float64)
-    experts = torch.zeros((), dtype=torch.float64)
-    first = parallel_state.get_tensor_model_parallel_rank() == 0
-    for parameter, gradient in _gradients(chunks):
-        square = gradient.double().pow(2).sum().cpu()
-        if not getattr(parameter, "allreduce", True):
-            experts += square
-        elif first or getattr(parameter, "tensor_model_parallel", False):
-            dense += square
-    place = next(parameter for parameter, _ in _gradients(chunks)).device
-    sums = torch.stack([dense, experts]).to(place)
-    parts = [sums[:1].contiguous(), sums[1:].contiguous()]
-    groups = (
-        parallel_state.get_model_parallel_group(),
-        parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
-    )
-    for part, group in zip(parts, groups, strict=True):
-        dist.all_reduce(part, group=group)
-    return float(torch.cat(parts).sum().sqrt())
+def parts_of(optimizer: Any) -> Iterator[Any]:
+    """megatron-core's optimizers of this rank: of dense weights, of experts."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if not getattr(part, "is_stub_optimizer", False):
+            yield part
 
 
-def clip(chunks: Iterable[Any], norm: float, most: float) -> None:
-    """Scale all gradients so that their norm is ``most`` at most."""
-    if norm > most > 0:
-        for _, gradient in _gradients(chunks):
-            gradient.mul_(most / (norm + 1e-6))
+@torch.no_grad()
+def clip(optimizer: Any, most: float, device: torch.device) -> float:
+    """Clip the gradients of a step, so that their L2 norm is ``most`` at most, if that is not 0.
+
+    Returns:
+        the norm before; all ranks call this together, between ``prepare_grads`` and the step.
+
+    """
+    total = 0.0
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        squares = torch.zeros((), dtype=torch.float64, device=device)
+        for gradient in part.get_main_grads_for_grad_norm():
+            norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+            squares += norm.double().square()
+        dist.all_reduce(squares, group=part.get_grad_stats_parallel_group())
+        total += float(squares)
+    norm = math.sqrt(total)
+    scale = most / (norm + 1e-6) if 0 < most < norm else 1.0
+    for part in parts_of(optimizer):
+        _scale(part, scale)
+    return norm
 
 
-def _gradients(chunks: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:
-    for chunk in chunks:
-        for parameter in chunk.parameters():
-            if parameter.requires_grad:
-                yield parameter, parameter.main_grad
+def _scale(part: Any, scale: float) -> None:
+    if isinstance(part.optimizer, Adam):
+        part.optimizer.grad_scale = scale
+    elif scale != 1.0:
+        for parameter in part.get_parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)

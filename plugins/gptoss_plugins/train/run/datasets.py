@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+
+from gptoss_plugins.data.sft import prepare, sft_datasets
 from gptoss_plugins.train.run.text import text_datasets
-from gptoss_plugins.train.run.tokens import tokens_of
+from gptoss_plugins.train.run.tokens import tokenizer_of, tokens_of
 
 if TYPE_CHECKING:
     from gptoss_convert.registry import Registry
@@ -21,5 +24,11 @@ def datasets_of(config: TrainingConfig, registry: Registry) -> tuple[Any, Any, d
         ConvertError: data or tokenizer are not there, or do not fit the model.
 
     """
-    tokens, files = tokens_of(config, registry)
-    return *text_datasets(config, tokens), files
+    if config.dataset.kind == "pretrain":
+        tokens, files = tokens_of(config, registry)
+        return *text_datasets(config, tokens), files
+    with tokenizer_of(config, registry) as (tokenizer, files):
+        if dist.get_rank() == 0:
+            prepare(config.dataset, tokenizer)
+        dist.barrier()
+        return *sft_datasets(config.dataset, tokenizer), files

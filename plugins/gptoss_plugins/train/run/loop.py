@@ -115,7 +115,7 @@ def _begin(
                 f"({', '.join(differ)} differ); name the right size or checkpoint"
             )
         fill(trainee.live, checkpoint)
-        trainee.optimizer.reload_model_params()
+        trainee.take_masters()
     return trainee, Progress()
 
 
@@ -191,6 +191,7 @@ class _Run:
                     progress,
                     self._files,
                     with_optimizer=where.save_optim,
+                    shared=where.fully_parallel_save,
                     keep=where.most_recent_k,
                 )
 

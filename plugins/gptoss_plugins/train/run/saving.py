@@ -17,13 +17,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
+)
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
@@ -87,6 +89,7 @@ def save(
     files: Mapping[str, bytes],
     *,
     with_optimizer: bool,
+    shared: bool,
     keep: int,
 ) -> Path:
     """Write a checkpoint. All ranks call this together.
@@ -97,6 +100,7 @@ def save(
         progress: how far it is.
         files: companions of the model (config.json, tokenizer): name -> bytes.
         with_optimizer: whether its state is saved.
+        shared: data-parallel ranks each write a part of what they all hold.
         keep: how many of the newest checkpoints stay; all if -1.
 
     """
@@ -112,7 +116,7 @@ def save(
         dist_checkpointing.save(
             _state(trainee, with_optimizer=with_optimizer),
             str(half),
-            sharded_strategy=_PlainSave("torch_dist", 1),
+            sharded_strategy=_strategy(shared=shared),
             content_metadata=_CONTENT,
         )
     dist.barrier()
@@ -127,6 +131,12 @@ def save(
         _remove_old(root, target, keep)
     dist.barrier()
     return target
+
+
+def _strategy(*, shared: bool) -> Any:
+    plain = _PlainSave("torch_dist", 1)
+    replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return FullyParallelSaveStrategyWrapper(plain, replicas) if shared else plain
 
 
 def _remove_old(root: Path, newest: Path, keep: int) -> None:
@@ -163,7 +173,6 @@ def resume(folder: Path, trainee: Trainee, *, with_optimizer: bool) -> Progress:
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / STATE}: is damaged ({error}); use another one") from None
-    _prepare_to_load(trainee.optimizer, progress.step)
     wanted = _state(trainee, with_optimizer=with_optimizer, loading=True)
     _only_tensors(wanted)
     with with_own_pickles(folder) as copy, warnings.catch_warnings():
@@ -175,9 +184,10 @@ def resume(folder: Path, trainee: Trainee, *, with_optimizer: bool) -> Progress:
     if with_optimizer:
         state = _merged(wanted["optimizer"], loaded["optimizer"])
         _set_step(state, progress.step)
-        trainee.optimizer.load_state_dict(state)
+        with trainee.optimizers():
+            trainee.optimizer.load_state_dict(state)
     else:
-        trainee.optimizer.reload_model_params()
+        trainee.take_masters()
     trainee.scheduler.step(increment=steps)
     return progress
 
@@ -191,32 +201,11 @@ def _state(trainee: Trainee, *, with_optimizer: bool, loading: bool = False) -> 
     }
     if with_optimizer:
         models = state if len(trainee.live.models) > 1 else state["model0"]
-        state["optimizer"] = trainee.optimizer.sharded_state_dict(
-            models, is_loading=loading, metadata=metadata
-        )
+        with trainee.optimizers():
+            state["optimizer"] = trainee.optimizer.sharded_state_dict(
+                models, is_loading=loading, metadata=metadata
+            )
     return state
-
-
-def _prepare_to_load(optimizer: Any, step: int) -> None:
-    """Make distributed optimizers load the moments of torch's AdamW.
-
-    megatron-core 0.16 is made for Apex's and Transformer Engine's Adam, whose state has no step: with
-    torch's it asks for one before there is any, and later looks for it among the tensors.
-    """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not isinstance(part, DistributedOptimizer) or part.is_stub_optimizer:
-            continue
-        state = part.optimizer.state
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                if not state[parameter]:
-                    moments = {k: torch.zeros_like(parameter) for k in ("exp_avg", "exp_avg_sq")}
-                    state[parameter] = {"step": torch.zeros(()), **moments}
-        done = {"step": torch.tensor(float(step))}
-        stock = part._set_main_param_and_optimizer_states
-        part._set_main_param_and_optimizer_states = lambda of, tensors, stock=stock, done=done: (
-            stock(of, {**done, **tensors})
-        )
 
 
 def _set_step(state: dict[Any, Any], step: int) -> None:

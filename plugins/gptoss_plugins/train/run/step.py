@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from gptoss_plugins.train.run.clipping import clip, gradient_norm
+from gptoss_plugins.train.run.clipping import clip
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -60,14 +60,11 @@ def train_step(trainee: Trainee, batches: Sequence[Batch]) -> Found:
         chunk.zero_grad_buffer()
     trainee.optimizer.zero_grad()
     loss = _run(trainee, batches, forward_only=False)
-    if trainee.live.place.type == "cpu":  # where megatron-core takes no norm
-        norm = gradient_norm(trainee.chunks)
-        clip(trainee.chunks, norm, trainee.clips)
-        trainee.optimizer.step()
-    else:
-        _, norm, _ = trainee.optimizer.step()
+    trainee.optimizer.prepare_grads()
+    norm = clip(trainee.optimizer, trainee.clips, trainee.live.place)
+    trainee.optimizer.step_with_ready_grads()
     trainee.scheduler.step(increment=1)
-    return Found(float(loss), float(norm))
+    return Found(float(loss), norm)
 
 
 @torch.no_grad()

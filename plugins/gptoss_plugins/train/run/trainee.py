@@ -1,7 +1,6 @@
 """This rank's part of what is trained: model chunks, gradients, optimizer, schedule of the rates.
 
-Parallelism is megatron-core's: its DistributedDataParallel, optimizer and schedules. On a CPU its
-optimizer takes float32 only, and cannot clip: see ``clipping.py``.
+Parallelism is megatron-core's: its DistributedDataParallel, distributed optimizer and schedules.
 """
 
 from __future__ import annotations
@@ -23,14 +22,17 @@ from megatron.core.transformer.module import Float16Module
 from gptoss_plugins.gpt_model.live import build_live
 from gptoss_plugins.train.architecture import megatron_fields
 from gptoss_plugins.train.ranks import layout_of
+from gptoss_plugins.train.run.adam import Adam, PreciseConfig, in_place_of_transformer_engines
+from gptoss_plugins.train.run.clipping import parts_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from gptoss_convert.registry import Registry
     from gptoss_plugins.gpt_model.live import LiveModel
     from gptoss_plugins.train.config import TrainingConfig
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Ours -> megatron-core's, where the model's own config says it.
 _RECOMPUTE = ("granularity", "method", "num_layers", "modules")
 
@@ -44,8 +46,9 @@ class Trainee:
         chunks: its modules, wrapped for training.
         optimizer: megatron-core's.
         scheduler: moves learning rate and weight decay, a step at a time.
-        clips: largest norm of the gradients that we see to; 0 where megatron-core does.
+        clips: largest norm of the gradients; 0 for any.
         dtype: of the weights that compute.
+        optimizers: the context in which megatron-core handles the optimizer's state.
 
     """
 
@@ -55,6 +58,14 @@ class Trainee:
     scheduler: Any
     clips: float
     dtype: torch.dtype
+    optimizers: Callable[[], contextlib.AbstractContextManager[None]]
+
+    def take_masters(self) -> None:
+        """The weights were loaded: make the optimizer's own copies anew."""
+        self.optimizer.reload_model_params()
+        for part in parts_of(self.optimizer):
+            if isinstance(part.optimizer, Adam):
+                part.optimizer.forget_masters()
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
@@ -108,12 +119,21 @@ def build_trainee(
         waits = [chunk.no_sync for chunk in chunks]
         for model in live.models:
             model.config.no_sync_func = waits if len(waits) > 1 else waits[0]
-    clips = config.optimizer.clip_grad if place.type == "cpu" else 0.0
-    optimizer = get_megatron_optimizer(_optimizer(config, dtype, clips), chunks)
+    optimizers = in_place_of_transformer_engines if _is_precise(config) else contextlib.nullcontext
+    with optimizers():
+        optimizer = get_megatron_optimizer(_optimizer(config, dtype), chunks)
     if place.type == "cuda":
         for model in live.models:
             model.config.grad_scale_func = optimizer.scale_loss
-    return Trainee(live, chunks, optimizer, _scheduler(config, optimizer), clips, dtype)
+    rates_ = _scheduler(config, optimizer)
+    most = config.optimizer.clip_grad
+    return Trainee(live, chunks, optimizer, rates_, most, dtype, optimizers)
+
+
+def _is_precise(config: TrainingConfig) -> bool:
+    """Whether the optimizer is ours within megatron-core's: AdamW, distributed."""
+    own = config.optimizer
+    return own.use_distributed_optimizer and own.optimizer == "adam"
 
 
 def _recompute(config: TrainingConfig) -> dict[str, Any]:
@@ -125,9 +145,12 @@ def _recompute(config: TrainingConfig) -> dict[str, Any]:
     return found
 
 
-def _optimizer(config: TrainingConfig, dtype: torch.dtype, clips: float) -> OptimizerConfig:
+def _optimizer(config: TrainingConfig, dtype: torch.dtype) -> OptimizerConfig:
     own = config.optimizer
-    return OptimizerConfig(
+    kind = PreciseConfig if _is_precise(config) else OptimizerConfig
+    moments = {"exp_avg_dtype": own.exp_avg_dtype, "exp_avg_sq_dtype": own.exp_avg_sq_dtype}
+    return kind(
+        **{name: _DTYPES[said] for name, said in moments.items()},
         optimizer=own.optimizer,
         lr=own.lr,
         min_lr=own.min_lr,
@@ -136,7 +159,7 @@ def _optimizer(config: TrainingConfig, dtype: torch.dtype, clips: float) -> Opti
         adam_beta2=own.adam_beta2,
         adam_eps=own.adam_eps,
         sgd_momentum=own.sgd_momentum,
-        clip_grad=0.0 if clips else own.clip_grad,
+        clip_grad=0.0,  # see clipping.py
         use_distributed_optimizer=own.use_distributed_optimizer,
         overlap_param_gather=config.ddp.overlap_param_gather,
         bf16=dtype == torch.bfloat16,
