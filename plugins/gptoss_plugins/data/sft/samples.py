@@ -63,13 +63,15 @@ def pieces_in(record: Mapping[str, Any], form: Form, tokenizer: Tokenizer) -> It
 
 def encode(samples: Sequence[Sequence[Piece]], tokenizer: Tokenizer) -> Iterator[Sample]:
     """Tokens of samples; each text is encoded by itself, so that none merges with its neighbour."""
-    texts = [piece.content for one in samples for piece in one if isinstance(piece.content, str)]
-    encoded = iter(tokenizer.encode_plain(texts))
+    # Headers and the system message are the same in all.
+    texts = {piece.content: None for one in samples for piece in one}
+    words = [text for text in texts if isinstance(text, str)]
+    encoded = dict(zip(words, tokenizer.encode_plain(words), strict=True))
     for pieces in samples:
         ids: list[int] = []
         learned: list[bool] = []
         for content, is_learned in pieces:
-            new = [content] if isinstance(content, int) else next(encoded)
+            new = [content] if isinstance(content, int) else encoded[content]
             ids += new
             learned += [is_learned] * len(new)
         learned[0] = False
