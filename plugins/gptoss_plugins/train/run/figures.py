@@ -62,9 +62,14 @@ def utilization(rate: float, fields: Mapping[str, Any], length: int) -> dict[str
 
     """
     done = rate * flops_per_token(fields, length) / dist.get_world_size() / 1e12
+    most = peak()
+    return {"tflops": done, "mfu": done / most if most else None}
+
+
+def peak() -> float | None:
+    """What this machine's GPU can do, TFLOP/s; None where that is not known."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peak = next((most for part, most in PEAKS.items() if part in name), None)
-    return {"tflops": done, "mfu": done / peak if peak else None}
+    return next((most for part, most in PEAKS.items() if part in name), None)
 
 
 def expert_load(trainee: Trainee) -> dict[str, float]:
