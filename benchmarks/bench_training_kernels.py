@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -143,7 +144,7 @@ def of_adamw(args: argparse.Namespace) -> Iterator[Row]:
         yield Row(
             name,
             moved,
-            lambda w=weight, g=grad, s=state, r=remainder: adamw.step_(w, g, s[0], s[1], r, **STEP),
+            partial(adamw.step_, weight, grad, state[0], state[1], remainder, **STEP),
             fused.step,
         )
 
