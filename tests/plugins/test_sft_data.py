@@ -197,6 +197,8 @@ def test_a_file_that_was_packed_before(config: SftDataset, tokenizer: Tokenizer)
     assert len(rows) + len(held) == found["packs"]
     assert len(held) == round(found["packs"] / 4)
     assert not (root / "packed").exists()
+    few = replace(config, val_proportion=0.25, max_train_samples=3)
+    assert len(sft_datasets(few, tokenizer)[0]) == 3
     whole, _ = sft_datasets(config, tokenizer)
     learned = sum(int(whole[number]["loss_mask"].sum()) for number in range(len(whole)))
     assert learned == sum(int(sum(mask)) for _, mask in expected) == found["learned_tokens"]
@@ -524,6 +526,7 @@ def test_command_refuses(source: Path, tmp_path: Path, invoke: Any) -> None:
         ([*good, "--output", tmp_path / "folder"], 2, "is a folder; name a file"),
         ([*good, "--output", tmp_path / "no" / "x"], 2, "no: is no folder; make it first"),
         ([*good, "--pad-to-multiple", 7], 2, "50 is no multiple of 7"),
+        ([*good, "--form", "chat", "--conversation-date", "today"], 2, "'today' is no date"),
         ([*good, "--prompt-key", "q"], 1, "line 1 has no field 'q', only 'prompt', 'completion'"),
         ([*good, "--form", "chat"], 1, "line 1 has no list of messages under 'messages'"),
         (

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
 import importlib.util
 from typing import TYPE_CHECKING
 
 from gptoss_convert.errors import PlanError, UsageError
+from gptoss_plugins.data.sft.system import is_date
 from gptoss_plugins.train import nearest
 from gptoss_plugins.train.architecture import megatron_fields
 from gptoss_plugins.train.layout_checks import layout_problems, size_problems
@@ -193,7 +193,7 @@ def _questions(config: TrainingConfig, data: SftDataset) -> Iterator[str]:
         )
     if not data.loss_channels:
         yield "dataset.loss_channels is empty, nothing would be learned; say [final] at least"
-    if data.conversation_date is not None and not _is_date(data.conversation_date):
+    if data.conversation_date is not None and not is_date(data.conversation_date):
         yield (
             f"dataset.conversation_date {data.conversation_date!r} is no date; say "
             f"dataset.conversation_date=2025-08-05, or null for none"
@@ -203,10 +203,3 @@ def _questions(config: TrainingConfig, data: SftDataset) -> Iterator[str]:
             "tokenizer.tokenizer_type NullTokenizer reads no text, which dataset.kind sft has; say "
             "tokenizer.tokenizer_type=HuggingFaceTokenizer"
         )
-
-
-def _is_date(text: str) -> bool:
-    try:
-        return datetime.date.fromisoformat(text).isoformat() == text
-    except ValueError:
-        return False

@@ -44,8 +44,13 @@ def sft_datasets(config: SftDataset, tokenizer: Tokenizer) -> tuple[SftRows, Sft
     return open_rows(config, tokenizer)
 
 
-def prepare(config: SftDataset, tokenizer: Tokenizer) -> None:
+def prepare(config: SftDataset, tokenizer: Tokenizer, *, show: bool = True) -> None:
     """Fetch and pack what :func:`sft_datasets` reads, unless it is there.
+
+    Args:
+        config: the recipe's ``dataset``.
+        tokenizer: the run's.
+        show: progress on stderr.
 
     Raises:
         ConvertError: as there.
@@ -53,4 +58,4 @@ def prepare(config: SftDataset, tokenizer: Tokenizer) -> None:
     """
     from gptoss_plugins.data.sft.opening import prepared
 
-    prepared(config, tokenizer)
+    prepared(config, tokenizer, show=show)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from gptoss_convert.errors import UsageError
 from gptoss_plugins.data.sft.presets import PRESETS
+from gptoss_plugins.data.sft.system import is_date
 from gptoss_plugins.infer.completion import ANALYSIS, COMMENTARY, FINAL
 
 if TYPE_CHECKING:
@@ -37,6 +39,12 @@ class Form:
     reasoning_effort: str = "medium"
     conversation_date: str | None = None
     preset: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.conversation_date is not None and not is_date(self.conversation_date):
+            raise UsageError(
+                f"the conversation date {self.conversation_date!r} is no date; write it as 2025-08-05"
+            )
 
     @property
     def dropped_channels(self) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+
 from gptoss_plugins.data.sft.harmony import Said
 
 
@@ -30,3 +32,11 @@ def system_message(effort: str, date: str | None, *, has_tools: bool) -> Said:
         ),
     ]
     return Said("system", "\n".join(lines))
+
+
+def is_date(text: str) -> bool:
+    """Whether a text is a day, written as ``2025-08-05``."""
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False

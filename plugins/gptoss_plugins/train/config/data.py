@@ -55,7 +55,7 @@ class SftDataset:
         conversation_date: of chat: what the system message says it is, as 2025-08-05; null for none.
         val_proportion: part of the samples that is kept for validation where there is no file of
             them.
-        max_train_samples: use no more than so many; null for all.
+        max_train_samples: use no more than so many, of a packed file packs; null for all.
         packing: put whole samples together up to ``sequence_length``, before training starts.
         pad_seq_to_mult: pad each packed sample to a multiple of so many tokens; with CP a multiple
             of twice its size.
