@@ -277,6 +277,26 @@ def test_too_long(
         sft_datasets(replace(config, sequence_length=3), tokenizer)
 
 
+def test_one_side_is_too_long(
+    config: SftDataset, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    records = [{"prompt": "P", "completion": "c" * 90}, {"prompt": "P", "completion": "c"}]
+    path = Path(str(config.dataset_root)) / "two.jsonl"
+    two = replace(config, dataset_root=str(path), val_proportion=0.5)
+    outcomes: list[Any] = []
+    for kept in (records, records[::-1]):  # the long one is for validation, and for training
+        support.write_lines(path, kept)
+        try:
+            rows, held = sft_datasets(two, tokenizer)
+            outcomes.append((samples_of(rows), held))
+        except CheckpointError as error:
+            outcomes.append(str(error).partition("; ")[0])
+    outcomes.sort(key=lambda one: isinstance(one, str))
+    told = f"{path}: all 1 samples are longer than the sequence length 50"
+    assert outcomes == [([by_hand(records[1])], None), told]
+    assert "all samples kept for validation are too long" in caplog.text
+
+
 def test_what_ends_a_completion(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """What generation ends on: <|endoftext|>, unless the checkpoint does not stop there."""
     assert end_of_completion(tokenizer) == tokenizer.id_of("<|endoftext|>") == 256
