@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SCHEMA = "gptoss-convert.pack/1"
 KEY = b"gptoss-convert"
 COLUMNS = ("input_ids", "loss_mask", "seq_start_id")
-GROUP_TOKENS = 1 << 18  # a row group is read as a whole, for any of its rows
+GROUP_TOKENS = 1 << 16  # a row group is read as a whole, for any of its rows
 
 
 class Pack(NamedTuple):

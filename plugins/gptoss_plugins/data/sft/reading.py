@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-_KEPT = 16  # row groups
+_KEPT = 64  # row groups, of half a megabyte
 
 
 def is_packed(path: Path) -> bool:
