@@ -1,1 +1,1 @@
-"""Kernels of the GPT-OSS storage forms. They stand alone: no import of the converter."""
+"""Kernels for GPT-OSS: storage forms, inference, training. They stand alone: no import of the converter."""

@@ -199,7 +199,7 @@ def test_it_learns_what_two_bytes_alone_would_lose(backend: str) -> None:
 
 
 def test_reference_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "_PIECE", {DEVICE: 1000})
+    monkeypatch.setattr(reference, "_PIECE", 1000)
     test_halves_are_stepped_as_float32_is((SHORT, LONG), LONG, "reference")
     test_torchs_steps(0.9, 0.1, "reference")
 

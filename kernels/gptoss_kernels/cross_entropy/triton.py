@@ -21,8 +21,8 @@ _LANES, _EACH, _WARPS = 1024, 8, 16  # of a program that reads; neighbours of a 
 _PROGRAMS = 512  # worth having, to fill a GPU
 _TILE, _TILE_WARPS = 2048, 4  # of a program that writes
 
-# Finite numbers stand for the infinities: the difference of two is no NaN. An infinite logit less
-# than the largest of them is infinite still.
+# The largest logit met is kept finite: then the difference of two is no NaN, and that of infinity and
+# the largest is infinite still.
 _LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
