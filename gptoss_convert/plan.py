@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from gptoss_convert.dtypes import narrowest
+from gptoss_convert.dtypes import FLOATS, narrowest
 from gptoss_convert.errors import ConfigError, PlanError, blame
 from gptoss_convert.fit import Direction, Draft, Fitter, Input, house_dtype
 from gptoss_convert.layout import Layout, Parameter, Ranges, grain
@@ -331,7 +331,8 @@ def make_plan(
     drafts = list(fitter.fit(rules, layers, direction))
     fitter.finish(direction)
     strict = direction not in ("export", "reshard")
-    house = house_dtype(drafts, fitter.problems, strict=strict)
+    alike = [draft for draft in drafts if not (encoding and _is_encodable(draft))]
+    house = house_dtype(alike, fitter.problems, strict=strict)
     if encoding:
         house = _beside_encoded(drafts)
     names = Counter(name for draft in drafts for name in draft.megatron)
@@ -417,6 +418,11 @@ def to_megatron(family: ModelFamily, config: Config, where: str) -> dict[str, An
             f"model's own config.json"
         )
     return fields
+
+
+def _is_encodable(draft: Draft) -> bool:
+    """Whether a codec takes a draft's tensors, in whatever type they are."""
+    return draft.rule.quantizable and all(i.spec.dtype in FLOATS for i in draft.inputs)
 
 
 def _beside_encoded(drafts: Sequence[Draft]) -> str:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from gptoss_convert.conversion import Conversion
+    from gptoss_convert.conversion import Conversion, Result
     from gptoss_convert.layout import Layout
     from gptoss_convert.opening import Choice
 
@@ -180,7 +180,16 @@ def required(value: Any, flag: str) -> Any:
     return value
 
 
-def run_conversion(
+def run_conversion(conversion: Conversion, target: Path, *, as_json: bool, **options: Any) -> None:
+    """Convert with progress on stderr, and print the result."""
+    from gptoss_convert.report import print_result
+
+    result = converted(conversion, target, **options)
+    if result.finished:
+        echo_json(result.to_json()) if as_json else print_result(result)
+
+
+def converted(
     conversion: Conversion,
     target: Path,
     *,
@@ -188,21 +197,19 @@ def run_conversion(
     max_memory: int,
     overwrite: bool,
     no_progress: bool,
-    as_json: bool,
     device: str = "cpu",
     **_: Any,
-) -> None:
-    """Convert with progress on stderr, and print the result."""
+) -> Result:
+    """Convert with progress on stderr."""
     from gptoss_convert.crew import current_crew
     from gptoss_convert.progress import reporting
-    from gptoss_convert.report import print_result
 
     _import_torch()
     crew = current_crew()
     show = not no_progress and crew.rank == 0
     share = conversion.bytes_out // crew.size
     with reporting(conversion.plan.direction, share, show=show) as progress:
-        result = conversion.run(
+        return conversion.run(
             target,
             workers=workers,
             max_memory=max_memory,
@@ -211,8 +218,6 @@ def run_conversion(
             device=device,
             command={"arguments": sys.argv[1:], "folder": os.getcwd()},
         )
-    if result.finished:
-        echo_json(result.to_json()) if as_json else print_result(result)
 
 
 def _import_torch() -> None:

@@ -17,6 +17,8 @@ from gptoss_convert.staging import free_bytes, human
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from gptoss_convert.loss import Loss
+
 
 def describe_plan(
     conversion: Conversion, target: Path, workers: int | None, max_memory: int
@@ -115,23 +117,37 @@ def _print_losses(result: Result) -> None:
     """A line if nothing was lost, else a table with a row per tensor."""
     how = _form(result.encoding)
     everything = total(result.losses.values())
-    unit = everything.unit
     if not result.plan.hints_found:
         click.echo(
             f"{how}: scales are new, as the source's own were not at hand (--scales-from names them)"
         )
     if everything.kept == everything.blocks and not everything.nonfinite:
+        unit = everything.unit
         click.echo(f"{how}: all {everything.blocks:,} {unit} keep their values, nothing was lost")
         return
+    print_costs(how, result.losses, "requantized")
+
+
+def print_costs(how: str, losses: Mapping[str, Loss], changed: str) -> None:
+    """What was lost, a row per tensor.
+
+    Args:
+        how: what it was lost to.
+        losses: by tensor.
+        changed: what those blocks are called that did not keep their values.
+
+    """
     from rich.console import Console
     from rich.table import Table
 
+    everything = total(losses.values())
+    unit = everything.unit
     table = Table(box=None, pad_edge=False)
     table.add_column("tensor", no_wrap=True)
     spoiled = ["NaN or inf"] if everything.nonfinite else []
-    for name in (unit, "kept", "requantized", *spoiled, "max error", "RMS error", "SQNR (dB)"):
+    for name in (unit, "kept", changed, *spoiled, "max error", "RMS error", "SQNR (dB)"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name, loss in [*sorted(result.losses.items()), ("all", everything)]:
+    for name, loss in [*sorted(losses.items()), ("all", everything)]:
         table.add_row(
             printable(name),
             f"{loss.blocks:,}",

@@ -14,9 +14,13 @@ if TYPE_CHECKING:
     from gptoss_convert.types import TensorSink, TensorSource
 
 
+_ADAPTER = "adapter_model.safetensors"  # transformers, too, keeps those apart from a model's own
+
+
 def detect(folder: Path) -> bool:
-    """A folder with a ``config.json`` or safetensors files."""
-    return (folder / "config.json").is_file() or any(folder.glob("*.safetensors"))
+    """A folder with a ``config.json`` or safetensors files, those of an adapter apart."""
+    weights = (path for path in folder.glob("*.safetensors") if path.name != _ADAPTER)
+    return (folder / "config.json").is_file() or any(weights)
 
 
 def open_folder(folder: Path) -> TensorSource:
@@ -43,4 +47,4 @@ def resolve(name: str, revision: str | None, headers_only: bool) -> Path:
 @hookimpl
 def gptoss_convert_formats() -> Iterator[Format]:
     """Safetensors folders."""
-    yield Format("huggingface", "hf", detect, open_folder, create, resolve)
+    yield Format("huggingface", "hf", detect, open_folder, create, resolve, preferred=True)

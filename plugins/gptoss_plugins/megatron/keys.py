@@ -26,6 +26,7 @@ STACKED, PER_LAYER = DIALECTS = ("stacked", "per-layer")
 _LAYERS = "decoder.layers."
 _NUMBERED = re.compile(rf"{re.escape(_LAYERS)}([0-9]{{1,9}})\.(.*)", re.DOTALL)
 _LARGEST_CHUNK = 1 << 31  # bytes; a zip entry without 64-bit sizes ends at 4 GiB
+ADAPTER = ".adapter."  # stands in all keys of adapters, as Megatron-Bridge calls them
 # What a training checkpoint holds besides the model's weights.
 OPTIMIZER = ("optimizer.", "chained_")
 _STATE = (
@@ -66,11 +67,14 @@ def place(name: str, *, stacked: bool = True) -> Place:
     return Place(_LAYERS + rest if numbered else rest, layer)
 
 
-def parameter(key: str, layer: int | None) -> str:
-    """The inverse of :func:`place`; a key of one layer only says so itself."""
+def parameter(key: str, layer: int | None, dims: int = 0) -> str:
+    """The inverse of :func:`place`; a key of one layer only says so itself.
+
+    A factor of an adapter that is a matrix (``dims`` of one layer's) is of all experts together.
+    """
     numbered = _NUMBERED.fullmatch(key)
     rest = numbered[2] if numbered else key.removeprefix(_LAYERS)
-    if ".experts.experts." in rest:
+    if ".experts.experts." in rest and not (ADAPTER in rest and dims == 2):
         rest = rest.replace(".experts.experts.", ".experts.", 1) + EXPERT_AXIS
     number = int(numbered[1]) if numbered else layer
     return rest if number is None else f"{_LAYERS}{number}.{rest}"

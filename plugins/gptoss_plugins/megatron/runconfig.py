@@ -21,6 +21,11 @@ def model_of(path: Path) -> dict[Any, Any]:
         CheckpointError: it is no such file.
 
     """
+    return section_of(path, "model")
+
+
+def section_of(path: Path, name: str) -> dict[Any, Any]:
+    """Any section, likewise."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -41,8 +46,8 @@ def model_of(path: Path) -> dict[Any, Any]:
 
     text = read_small(path, _LONGEST, "restore it")
     try:
-        model = yaml.load(text, Loader)["model"]  # a SafeLoader
-        return dict(model.items())
+        section = yaml.load(text, Loader)[name]  # a SafeLoader
+        return dict(section.items())
     except (
         yaml.YAMLError,
         KeyError,

@@ -173,7 +173,7 @@ class TorchDistSink:
                     )
         return {key: metadata.Tensor(spec, tuple(boxes[key])) for key, spec in specs.items()}
 
-    def _objects(self) -> dict[str, metadata.Stored]:
+    def _objects(self) -> Mapping[str, metadata.Stored]:
         """Every ``_extra_state`` is the same empty object, so all share one copy of its bytes."""
         data = sidecars.torch_bytes([None])
         write_file(self._folder / "__extra_state.distcp", data)

@@ -33,6 +33,7 @@ from gptoss_plugins.megatron.folder import (
     require_own_files,
 )
 from gptoss_plugins.megatron.keys import (
+    ADAPTER,
     OPTIMIZER,
     PER_LAYER,
     STACKED,
@@ -110,7 +111,17 @@ class TorchDistSource:
         return any(is_stacked(key) for key in self.contents.tensors)
 
     def arrange(self, parameters: Mapping[str, Parameter]) -> None:
-        """Nothing to learn: tensors are stored whole."""
+        """Nothing to learn: tensors are stored whole.
+
+        Raises:
+            CheckpointError: they are an adapter's, and a model's are asked for.
+
+        """
+        if _has_adapters(self._specs) and not _has_adapters(parameters):
+            raise CheckpointError(
+                f"{self.path}: is the checkpoint of an adapter, not of a model; see gptoss-convert "
+                f"adapter --help"
+            )
 
     def hints(self, codec: str) -> TensorSource | None:
         """Parts of the quantized checkpoint this was imported from, if the import kept them."""
@@ -249,6 +260,10 @@ class TorchDistSource:
             return self._readers[file]
 
 
+def _has_adapters(names: Iterable[str]) -> bool:
+    return any(ADAPTER in name for name in names)
+
+
 class _Index:
     """Chunks by their place along the leading axes that are cut one by one (layer, expert).
 
@@ -317,7 +332,7 @@ def _parameters(
                 f"again"
             )
         for layer in range(shape[0]) if is_stacked(key) else (None,):
-            name = parameter(key, layer)
+            name = parameter(key, layer, len(shape) - (layer is not None))
             if name in specs:
                 raise CheckpointError(
                     f"{name}: is stored under {places[name][0]} and under {key}; remove the stale one"
