@@ -9,12 +9,18 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import runpy
+import tempfile
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gptoss_convert.errors import ConfigError
 from gptoss_plugins.data.sft.form import Form
@@ -308,6 +314,105 @@ def test_a_vocabulary_without_control_tokens(tmp_path: Path) -> None:
     record = {"messages": [_user("x"), _answer("y")]}
     with pytest.raises(ConfigError, match=r"has no <\|message\|>"):
         [*pieces_in(record, CHAT, load_tokenizer(files, "tiny"))]
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 2)
+    | st.sampled_from(["", "x", "{}", "[", "\ud800"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["text", "name", "function", "oneOf", "type"]), inner, max_size=3
+        )
+    ),
+    max_leaves=6,
+)
+KEYS = (
+    "content",
+    "thinking",
+    "channel",
+    "recipient",
+    "content_type",
+    "name",
+    "tool_calls",
+    "weight",
+)
+ROLES = st.sampled_from(["system", "developer", "user", "assistant", "tool", "x"])
+ANYTHING = st.lists(
+    st.fixed_dictionaries({"role": ROLES}, optional=dict.fromkeys(KEYS, JSON)) | JSON, max_size=4
+)
+
+
+@given(ANYTHING, JSON, st.sampled_from([CHAT, ONLY_FINAL, NO_ANALYSIS]))
+def test_anything_is_a_sample_or_refused(messages: Any, tools: Any, form: Form) -> None:
+    try:
+        samples = [*pieces_in({"messages": messages, "tools": tools}, form, _shared())]
+    except BadRecordError:
+        return
+    for sample in encode(samples, _shared()):
+        assert sample.learned.any()
+
+
+SAYINGS = st.text("ab<|end|>", max_size=9)
+TURNS = st.lists(
+    st.tuples(
+        SAYINGS,
+        st.lists(st.sampled_from(["call", "preamble", "thought"]), max_size=3),
+        st.none() | SAYINGS.filter(bool),
+        st.booleans(),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(TURNS, st.sets(st.sampled_from(["analysis", "commentary", "final"]), min_size=1))
+def test_only_the_assistant_is_learned(turns: Any, channels: set[str]) -> None:
+    """And each of its messages in exactly one sample, whole but for what inference gives."""
+    messages: list[dict[str, Any]] = []
+    for number, (question, steps, thinking, answers) in enumerate(turns):
+        messages.append(_user(question))
+        for step, kind in enumerate(steps):
+            mark = f"{number}.{step}"
+            if kind == "call":
+                call = {"function": {"name": "f", "arguments": f"C{mark}"}}
+                messages.append({"role": "assistant", "tool_calls": [call]})
+                messages.append({"role": "tool", "content": "no"})
+            elif kind == "thought":
+                messages.append(_answer(f"A{mark}", channel="analysis"))
+            else:
+                messages.append(_answer(f"P{mark}", channel="commentary"))
+        if answers:
+            messages.append(_answer(f"F{number}", thinking))
+    form = Form("chat", loss_channels=tuple(sorted(channels)))
+    if not any(message["role"] == "assistant" for message in messages):
+        return
+    said = []
+    for sample in encode([*pieces_in({"messages": messages}, form, _shared())], _shared()):
+        ids = np.where(sample.learned, sample.ids, -1).tolist()
+        runs = "".join("\0" if i == -1 else chr(i) for i in ids).split("\0")
+        for run in filter(None, runs):
+            said += re.findall(r"\u0105([^\u0100-\u010f]*)", run)  # behind each <|message|>, 261
+    expected = []
+    for message in messages:
+        channel = message.get("channel") or ("commentary" if "tool_calls" in message else "final")
+        if message["role"] != "assistant":
+            continue
+        if message.get("thinking") and "analysis" in channels:
+            expected.append(message["thinking"])
+        if channel in channels:
+            calls = message.get("tool_calls")
+            expected.append(calls[0]["function"]["arguments"] if calls else message["content"])
+    assert sorted(said) == sorted(expected)
+
+
+@cache
+def _shared() -> Tokenizer:
+    with tempfile.TemporaryDirectory() as folder:
+        found: Tokenizer = support.byte_tokenizer(Path(folder))
+    return found
 
 
 # Against OpenAI's library.
