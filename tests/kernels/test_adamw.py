@@ -292,3 +292,19 @@ def test_nothing_waits_for_the_gpu(n: int) -> None:
         adamw.step_(*tensors, None, **HOW, step=1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@backends
+@pytest.mark.parametrize("dtype", [LONG, SHORT])
+def test_a_scaled_gradient(backend: str, dtype: torch.dtype) -> None:
+    """A step with a scale is that of the scaled float32 gradient, to the bit."""
+    shape, scale = (37, 29), 0.3
+    grad = noise(1, shape).to(dtype)
+    found = []
+    for given, factor in ((grad, scale), (grad.float() * scale, 1.0)):
+        param, moments = noise(2, shape), [noise(3, shape), noise(4, shape).abs()]
+        adamw.step_(param, given, *moments, **HOW, step=5, grad_scale=factor, backend=backend)
+        found.append([param, *moments])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(found[0][0], noise(2, shape))

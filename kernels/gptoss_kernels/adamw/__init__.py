@@ -34,6 +34,7 @@ class Factors(NamedTuple):
         root: the square root of ``1 - beta2 ** step``, which corrects the second moment's bias.
         eps: added to the second moment's square root.
         rate: ``lr / (1 - beta1 ** step)``.
+        scale: of the gradient.
 
     """
 
@@ -44,6 +45,7 @@ class Factors(NamedTuple):
     root: float
     eps: float
     rate: float
+    scale: float
 
 
 @torch.no_grad()
@@ -60,6 +62,7 @@ def step_(
     eps: float,
     weight_decay: float,
     step: int,
+    grad_scale: float = 1.0,
     backend: str | None = None,
 ) -> None:
     """One step of AdamW: changes the weight, its remainder and its moments.
@@ -82,6 +85,7 @@ def step_(
         eps: added to the second moment's square root.
         weight_decay: decoupled; the weight shrinks by ``lr * weight_decay`` of itself.
         step: the number of this step, from 1.
+        grad_scale: the gradient is multiplied with it first, in float32, as clipping does.
         backend: one of ``BACKENDS``; None takes the best for the device.
 
     Raises:
@@ -89,7 +93,7 @@ def step_(
 
     """
     _check(param, grad, exp_avg, exp_avg_sq, remainder)
-    factors = _factors(lr, beta1, beta2, eps, weight_decay, step)
+    factors = _factors(lr, beta1, beta2, eps, weight_decay, step, grad_scale)
     kernels = backends.load("adamw", param.device, backend)
     tensors = (param, grad, exp_avg, exp_avg_sq, remainder)
     if param.numel():
@@ -97,7 +101,13 @@ def step_(
 
 
 def _factors(
-    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float,
 ) -> Factors:
     if step < 1 or not (0 <= beta1 < 1 and 0 <= beta2 < 1):
         raise ValueError(
@@ -111,6 +121,7 @@ def _factors(
         root=math.sqrt(1 - beta2**step),
         eps=eps,
         rate=lr / (1 - beta1**step),
+        scale=grad_scale,
     )
 
 

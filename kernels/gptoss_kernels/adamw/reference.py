@@ -42,7 +42,9 @@ def step_(
 
 def _step(weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, factors: Factors) -> None:
     """Change the weight, float32 as the gradient, and the moments."""
-    decay, fresh1, beta2, fresh2, root, eps, rate = factors
+    decay, fresh1, beta2, fresh2, root, eps, rate, scale = factors
+    if scale != 1.0:
+        grad = grad * scale
     mean, square = first.float(), second.float()
     mean.lerp_(grad, fresh1)
     square.mul_(beta2).addcmul_(grad, grad, value=fresh2)

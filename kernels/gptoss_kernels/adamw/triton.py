@@ -44,7 +44,7 @@ def step_(
 @triton.jit
 def _step(
     param, remainder, grad, exp_avg, exp_avg_sq, count,
-    decay, fresh1, beta2, fresh2, root, eps, rate, SPLIT: tl.constexpr, TILE: tl.constexpr,
+    decay, fresh1, beta2, fresh2, root, eps, rate, scale, SPLIT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * TILE
     lane = tl.arange(0, TILE)
@@ -52,7 +52,7 @@ def _step(
     weights, lowers, means, squares = (
         param + first + lane, remainder + first + lane, exp_avg + first + lane, exp_avg_sq + first + lane,
     )  # fmt: skip
-    gradient = tl.load(grad + first + lane, there, 0.0).to(tl.float32)
+    gradient = tl.load(grad + first + lane, there, 0.0).to(tl.float32) * scale
     mean = tl.load(means, there, 0.0).to(tl.float32)
     square = tl.load(squares, there, 0.0).to(tl.float32)
     if SPLIT:

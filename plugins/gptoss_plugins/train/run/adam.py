@@ -75,8 +75,6 @@ class Adam(torch.optim.Optimizer):
 
     def _change(self, param: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]
-        if self.grad_scale != 1.0:
-            gradient.mul_(self.grad_scale)
         adamw.step_(
             param,
             gradient,
@@ -89,6 +87,7 @@ class Adam(torch.optim.Optimizer):
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             step=group["step"],
+            grad_scale=self.grad_scale,
         )
 
     def get_unscaled_state(self, param: Tensor, name: str) -> Tensor:
