@@ -26,6 +26,7 @@ from gptoss_plugins.data.sft.form import Form
 from gptoss_plugins.data.sft.making import Shape
 from gptoss_plugins.data.sft.offline import pack_files
 from gptoss_plugins.data.sft.presets import PRESETS
+from gptoss_plugins.data.sft.records import BadRecordError
 from gptoss_plugins.data.sft.samples import end_of_completion
 from gptoss_plugins.data.sft.tokenizing import Job
 from gptoss_plugins.infer.tokenizer import Tokenizer, load_tokenizer
@@ -363,6 +364,21 @@ def test_presets(
 ) -> None:
     (text,) = support.shown(record, Form(form, preset=preset), tokenizer)
     assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("record", "sentence"),
+    [
+        ({"question": "Who?"}, r"has no field 'context', only 'question'; is it of squad\?"),
+        ({**SQUAD, "answers": {"text": []}}, r"has no answer under answers.text\[0\]; is it of"),
+        ({**SQUAD, "answers": "Ada"}, r"has no answer under answers.text\[0\]; is it of squad"),
+    ],
+)
+def test_records_of_something_else(
+    record: dict[str, Any], sentence: str, tokenizer: Tokenizer
+) -> None:
+    with pytest.raises(BadRecordError, match=sentence):
+        support.shown(record, Form(preset="squad"), tokenizer)
 
 
 class _Split:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gptoss_convert.errors import UsageError
 from gptoss_plugins.data.sft.presets import PRESETS
+from gptoss_plugins.data.sft.records import BadRecordError
 from gptoss_plugins.data.sft.system import is_date
 from gptoss_plugins.infer.completion import ANALYSIS, COMMENTARY, FINAL
 
@@ -54,10 +55,19 @@ class Form:
         return tuple(channel for channel in CHANNELS if channel not in self.loss_channels)
 
     def adapted(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The record with the fields that the keys name."""
+        """The record with the fields that the keys name.
+
+        Raises:
+            BadRecordError: it is none of the preset's.
+
+        """
         if self.preset is None:
             return record
-        made = PRESETS[self.preset].adapt(record)
+        try:
+            made = PRESETS[self.preset].adapt(record)
+        except BadRecordError as error:
+            what = str(error).partition(";")[0]
+            raise BadRecordError(f"{what}; is it of {self.preset}?") from None
         if self.form == "chat":
             return {self.messages_key: made.messages}
         return {self.prompt_key: made.prompt, self.completion_key: made.completion}

@@ -51,7 +51,7 @@ def _squad(record: Mapping[str, Any]) -> Adapted:
     except (KeyError, IndexError, TypeError):
         answer = None
     if not isinstance(answer, str) or not answer:
-        raise BadRecordError("has no answer under answers.text[0]; is it SQuAD?")
+        raise BadRecordError("has no answer under answers.text[0]")
     prompt = f"Context: {context} Question: {question} Answer:"
     return Adapted(prompt, f" {answer}", _chat(prompt, answer))
 
