@@ -476,6 +476,23 @@ def test_bad_lines(
     assert [*(root / "packed").iterdir()] == []
 
 
+def test_damaged_parquet(config: SftDataset, tokenizer: Tokenizer) -> None:
+    path = Path(str(config.dataset_root)) / "mine.parquet"
+    mine = replace(config, dataset_root=str(path))
+    parquet.write_table(Table.from_pylist(RECORDS), path)
+    data = bytearray(path.read_bytes())
+    data[4:200] = bytes(196)
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"mine\.parquet: cannot be read from row 0 on"):
+        sft_datasets(mine, tokenizer)
+    path.write_bytes(bytes(data[:300]))
+    with pytest.raises(CheckpointError, match=r"mine\.parquet: is no Parquet file"):
+        sft_datasets(mine, tokenizer)
+    parquet.write_table(Table.from_pylist([{"prompt": "x", "completion": None}]), path)
+    with pytest.raises(CheckpointError, match=r"row 0 has a 'completion' that is no text"):
+        sft_datasets(mine, tokenizer)
+
+
 def test_bad_places(config: SftDataset, tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     (tmp_path / "x.txt").write_text("x")

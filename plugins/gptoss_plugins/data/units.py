@@ -183,11 +183,25 @@ def parquet_file(path: Path) -> Any:
 
 
 def rows_of(unit: Unit) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a Parquet file's unit, and each one's number in the file."""
+    """The rows of a Parquet file's unit, and each one's number in the file.
+
+    Raises:
+        CheckpointError: the file is damaged.
+
+    """
     file = parquet_file(unit.path)
     number = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
-    for batch in file.iter_batches(1024, row_groups=[*range(unit.start, unit.stop)]):
-        for row in batch.to_pylist():
+    batches = file.iter_batches(1024, row_groups=[*range(unit.start, unit.stop)])
+    while True:
+        try:
+            rows = next(batches).to_pylist()
+        except StopIteration:
+            return
+        except Exception as error:  # pyarrow's own, or text that is no UTF-8
+            raise CheckpointError(
+                f"{unit.path}: cannot be read from row {number} on ({error}); fetch it again"
+            ) from None
+        for row in rows:
             yield number, row
             number += 1
 
