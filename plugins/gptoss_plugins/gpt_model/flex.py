@@ -34,7 +34,7 @@ def attend(
     s, b, n, d = query.shape
     rows = [tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)]
     out, lse = _attention(query.is_cuda)(
-        *rows, scale=scale, block_mask=_mask(s, left, starts, query.device), enable_gqa=True
+        *rows, scale=scale, block_mask=_mask(query, left, starts), enable_gqa=True
     )
     if sinks is not None:
         out = out * torch.sigmoid(lse - sinks.float()[:, None]).unsqueeze(-1).to(out.dtype)
@@ -61,23 +61,32 @@ def _attention(compiled: bool) -> Callable[..., tuple[Tensor, Tensor]]:
 _last: dict[int | None, tuple[Any, Any]] = {}
 
 
-def _mask(s: int, left: int | None, starts: Tensor | None, device: torch.device) -> Any:
+def _mask(query: Tensor, left: int | None, starts: Tensor | None) -> Any:
     """Which blocks of keys each block of queries sees."""
-    of = (s, device) if starts is None else starts
+    s, b = query.shape[:2]
+    of = (s, b, query.device) if starts is None else starts
     known = _last.get(left)
     if known is not None and (known[0] is of if starts is not None else known[0] == of):
         return known[1]
+    first = _first_seen(query, left, starts)
 
-    def seen(b: Tensor, _: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        found = k <= q
-        if left is not None:
-            found = found & (k >= q - left)
-        return found if starts is None else found & (k >= starts[b, q])
+    # One form for all layers and rows, lest each of them is compiled for itself.
+    def seen(row: Tensor, _: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) & (k >= first[row, q])
 
-    batch = None if starts is None else len(starts)
     # compiled, lest it makes a bool for every pair of a query and a key
-    mask = flex.create_block_mask(
-        seen, batch, None, s, s, device=str(device), _compile=device.type == "cuda"
-    )
+    compiled = query.is_cuda
+    mask = flex.create_block_mask(seen, b, None, s, s, str(query.device), _compile=compiled)
     _last[left] = (of, mask)
     return mask
+
+
+def _first_seen(query: Tensor, left: int | None, starts: Tensor | None) -> Tensor:
+    """The first key of each query: int32 ``[b, s]``."""
+    s, b = query.shape[:2]
+    first = torch.zeros((b, s), dtype=torch.int64, device=query.device)
+    if starts is not None:
+        first = torch.maximum(first, starts)
+    if left is not None:
+        first = torch.maximum(first, torch.arange(s, device=query.device) - left)
+    return first.int()

@@ -60,7 +60,7 @@ def _fill(model: GPTModel | Sequence[GPTModel], copy: Path, place: Path) -> None
         }
         for number, chunk in enumerate(chunks)
     }
-    _check([shard for shards in wanted.values() for shard in shards.values()], copy, place)
+    require_whole([shard for shards in wanted.values() for shard in shards.values()], copy, place)
     loaded = dist_checkpointing.load(wanted, str(copy))
     for number, chunk in enumerate(chunks):
         extra = {name: None for name in chunk.state_dict() if name.endswith("._extra_state")}
@@ -74,8 +74,18 @@ def _metadata(folder: Path) -> dict[str, Any]:
     return {**stored, "dp_cp_group": replicas}
 
 
-def _check(wanted: Sequence[Any], copy: Path, place: Path) -> None:
-    """Raise, on every rank alike, unless the checkpoint holds the whole model and no more."""
+def require_whole(wanted: Sequence[Any], copy: Path, place: Path) -> None:
+    """Raise, on every rank alike, unless the checkpoint holds what is wanted, and no other weights.
+
+    Args:
+        wanted: megatron-core's descriptions of shards.
+        copy: the checkpoint.
+        place: how it is called, for messages.
+
+    Raises:
+        PlanError: listing every misfit.
+
+    """
     metadata = dist_checkpointing.load_tensors_metadata(str(copy))
     stored = {key: tuple(shard.global_shape) for key, shard in metadata.items()}
     mine = _whole_shapes(wanted)

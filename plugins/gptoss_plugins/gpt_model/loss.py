@@ -30,7 +30,7 @@ def weighted_loss(
             the vocabulary's; summing over ranks is the caller's.
         weight: ``[V / ranks, H]``, this rank's rows.
         labels: int64 ``[T]``.
-        weights: float32 ``[T]``; tokens of weight 0 give nothing, whatever their logits are.
+        weights: float32 ``[T]``; tokens of weight 0 give nothing.
         group: the tensor-parallel ranks.
 
     Returns:
