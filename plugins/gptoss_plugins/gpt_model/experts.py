@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
@@ -53,6 +54,16 @@ def _one_kernel(x: Tensor, weight: Tensor) -> bool:
     return fits and all(n % 8 == 0 for n in weight.shape[1:])
 
 
+def mark_expert(parameter: nn.Parameter) -> None:
+    """Say that a parameter is of a rank's own experts."""
+    # Reduce gradients over the ranks that hold the same experts. Stock modules say so only
+    # if EP > 1; with TP > 1 and EP = 1 their gradients then miss a part, silently.
+    parameter.allreduce = False  # type: ignore[attr-defined]
+    # Experts may be spread over tensor-parallel ranks, and the norm of gradients otherwise counts
+    # what is on the first of those only.
+    set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+
+
 class GroupedLinear(MegatronModule):  # type: ignore[misc]  # megatron-core is untyped
     """E linears in two stacked parameters, ``weight [E, N, K]`` and ``bias [E, N]``.
 
@@ -73,9 +84,7 @@ class GroupedLinear(MegatronModule):  # type: ignore[misc]  # megatron-core is u
         cuda = None if self.config.use_cpu_initialization else "cuda"
         shape = (self.experts.count, *sizes)
         parameter = nn.Parameter(torch.empty(shape, dtype=self.config.params_dtype, device=cuda))
-        # Reduce gradients over the ranks that hold the same experts. Stock modules say so only
-        # if EP > 1; with TP > 1 and EP = 1 their gradients then miss a part, silently.
-        parameter.allreduce = False  # type: ignore[attr-defined]
+        mark_expert(parameter)
         return parameter
 
     @torch.no_grad()
