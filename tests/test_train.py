@@ -27,6 +27,7 @@ LAYOUTS = {
     "ep2": (["model.expert_model_parallel_size=2"], 2),
     "dp2": ([], 2),
     "cp2": (["model.context_parallel_size=2"], 2),
+    "dp2, state in parts": (["optimizer.use_distributed_optimizer=true"], 2),
     "tp2 ep2": (
         [
             "model.tensor_model_parallel_size=2",
@@ -255,7 +256,124 @@ def test_a_failed_save_leaves_the_last_good_one(
     assert after == before
 
 
+BF16 = ["mixed_precision=bf16_mixed", "optimizer.use_distributed_optimizer=true"]
+SHORT = ["train.train_iters=6", "checkpoint.save_interval=3", "dataset.num_workers=2"]
+
+
+@pytest.mark.slow
+def test_the_published_precision_resumes_anywhere(data: Path, tmp_path: Path, invoke: Run) -> None:
+    """bfloat16, float32 master weights in two halves, state and gradients in parts, overlapped; from
+    two data-parallel ranks to one, to the digit, and to two tensor-parallel ones.
+    """
+    place = tmp_path / "run"
+    ends = [f"checkpoint.save={place}", f"checkpoint.load={place}"]
+    overlap = ["ddp.overlap_grad_reduce=true", "ddp.overlap_param_gather=true"]
+    everything = losses_of(launched(2, *words(data, *ends, *BF16, *SHORT, *overlap)))
+    shutil.rmtree(place / "iter_0000006")
+    (place / "latest_checkpointed_iteration.txt").write_text("3\n")
+    other = shutil.copytree(place, tmp_path / "other")
+    resumed = losses_of(invoke(*words(data, *ends, *BF16, *SHORT)))
+    assert resumed == pytest.approx(everything[3:], abs=2e-4)
+    layout, ranks = LAYOUTS["tp2"]
+    ends = [f"checkpoint.save={other}", f"checkpoint.load={other}"]
+    resumed = losses_of(launched(ranks, *words(data, *ends, *BF16, *SHORT, *layout)))
+    assert resumed == pytest.approx(everything[3:], abs=1e-3)  # products in other orders
+
+
+def test_clipping_is_the_same_with_state_in_parts(data: Path, tmp_path: Path, invoke: Run) -> None:
+    none = ["checkpoint.save=null", "checkpoint.load=null", "optimizer.clip_grad=0.4", *SHORT]
+    plain, parts = (
+        lines_of(invoke(*words(data, *none, f"optimizer.use_distributed_optimizer={said}")))
+        for said in ("false", "true")
+    )
+    assert all(line["grad_norm"] > 0.4 for line in plain)
+    for one, other in zip(plain, parts, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+def test_figures_are_told(
+    data: Path, tmp_path: Path, invoke: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To TensorBoard, and to W&B, offline; what they are told is what the result has."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    told = [
+        f"logger.tensorboard_dir={tmp_path / 'curves'}",
+        "logger.wandb_project=tiny",
+        f"logger.wandb_save_dir={tmp_path}",
+        *("checkpoint.save=null", "checkpoint.load=null", "train.eval_interval=2"),
+    ]
+    done = invoke(*words(data, *told, *SHORT[::2], "train.train_iters=4", "train.eval_iters=1"))
+    lines = lines_of(done)
+    curves = accumulator.EventAccumulator(str(tmp_path / "curves")).Reload()
+    losses = [(one.step, one.value) for one in curves.Scalars("loss")]
+    assert losses == [(line["step"], pytest.approx(line["loss"])) for line in lines]
+    assert [one.step for one in curves.Scalars("validation_loss")] == [2, 4]
+    (run,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert run.stat().st_size > 0
+    assert wandb.run is None
+    for line in lines:
+        assert line["tflops"] > 0
+        assert line["mfu"] is None  # nobody says what this CPU can do
+        assert 0 <= line["expert_load_min"] <= 1 <= line["expert_load_max"] <= 2
+
+
+def test_a_run_ends_where_it_is_told_to(data: Path, tmp_path: Path, invoke: Run) -> None:
+    save = tmp_path / "run"
+    ends = [f"checkpoint.save={save}", f"checkpoint.load={save}", "checkpoint.save_interval=100"]
+    more = ["train.exit_interval=3", "train.manual_gc=true", "train.manual_gc_interval=2"]
+    found = json.loads(invoke(*words(data, *ends, *more)).stdout)
+    assert (found["steps"], found["finished"]) == (3, False)
+    assert (save / "iter_0000003").is_dir()
+    found = json.loads(invoke(*words(data, *ends, *more)).stdout)
+    assert (found["steps"], found["finished"]) == (6, False)
+
+
+def test_dclm_is_where_the_environment_says(
+    data: Path, tmp_path: Path, invoke: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in (1, 2):
+        for suffix in (".bin", ".idx"):
+            shutil.copy(f"{data}{suffix}", tmp_path / f"dclm_{number:02}_text_document{suffix}")
+    monkeypatch.setenv("DCLM_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("DCLM_CACHE", str(tmp_path / "cache"))
+    given = [word for word in words(data, *SHORT) if not word.startswith("dataset.")]
+    none = ["checkpoint.save=null", "checkpoint.load=null", "dataset.num_workers=0"]
+    assert len(losses_of(invoke(*given, *none))) == 6
+    assert any((tmp_path / "cache").rglob("*.npy"))
+    monkeypatch.setenv("DCLM_DATA_DIR", str(tmp_path / "cache"))
+    done = invoke(*given, *none)
+    assert done.returncode == 1
+    assert "DCLM_DATA_DIR" in done.stderr
+
+
+def test_short_forms(data: Path, invoke: Run) -> None:
+    none = ["checkpoint.save=null", "checkpoint.load=null", *SHORT]
+    rest = words(data, *none)[3:]
+    assert len(losses_of(invoke("pretrain", "--recipe", "tiny", *rest))) == 6
+    done = invoke("sft", "--recipe", "tiny_pretrain_config", *rest)
+    assert done.returncode == 2
+    assert "say pretrain in place of sft" in done.stderr
+
+
 REFUSED = {
+    "tokens of another tokenizer": (
+        [
+            "model.vocab_size=201",
+            "tokenizer.tokenizer_type=NullTokenizer",
+            "tokenizer.vocab_size=200",
+        ],
+        "the data has token",
+    ),
+    "a tokenizer of more tokens": (["model.vocab_size=201"], "has 272 tokens, and the model 201"),
+    "too long": (
+        ["model.max_position_embeddings=64"],
+        "model.seq_length 128 is longer than the 64 tokens",
+    ),
+    "no W&B": (["logger.wandb_project=tiny"], "needs wandb"),
     "no data": (["dataset.blend=[/nowhere/text]"], "/nowhere/text.bin"),
     "a typo": (["train.train_iter=3"], "train_iters"),
     "no layout": (["model.tensor_model_parallel_size=3"], "3"),
@@ -269,9 +387,18 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_one_sentence(
-    case: str, data: Path, start: Path, tmp_path: Path, invoke: Run
+    case: str,
+    data: Path,
+    start: Path,
+    tmp_path: Path,
+    invoke: Run,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     more, sentence = REFUSED[case]
+    if case == "no W&B":
+        from gptoss_plugins.train import telling
+
+        monkeypatch.setattr(telling, "find_spec", lambda _: None)
     ends = [f"checkpoint.save={tmp_path / 'run'}", "checkpoint.load=null"]
     done = invoke(*words(data, *ends, *(word.format(start=start) for word in more)))
     assert done.returncode in (1, 2)

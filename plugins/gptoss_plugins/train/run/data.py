@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from gptoss_convert.errors import CheckpointError
+from gptoss_convert.errors import CheckpointError, ConvertError
 from gptoss_plugins.train.run.step import Batch
 
 if TYPE_CHECKING:
@@ -84,9 +84,12 @@ class Steps:
             num_workers=workers,
             pin_memory=self._place.device.type == "cuda",
             prefetch_factor=max(2, each) if workers else None,
+            collate_fn=_stacked,
         )
         batches: list[Batch] = []
         for row in rows:
+            if isinstance(row, ConvertError):
+                raise row
             batches.append(self._batch(row))
             if len(batches) == each:
                 yield batches
@@ -124,7 +127,13 @@ class Steps:
         )
 
 
-class _Checked(Dataset[dict[str, Any]]):
+def _stacked(samples: list[Any]) -> Any:
+    """Samples as a microbatch; or what is wrong with one: raised in a worker, it would lose its words."""
+    wrong = next((one for one in samples if isinstance(one, ConvertError)), None)
+    return wrong or default_collate(samples)
+
+
+class _Checked(Dataset[Any]):
     """The dataset's samples, for any number, with none of them beyond the vocabulary."""
 
     _TYPES = (
@@ -138,7 +147,13 @@ class _Checked(Dataset[dict[str, Any]]):
     def __init__(self, dataset: Any, vocabulary: int) -> None:
         self._dataset, self._vocabulary = dataset, vocabulary
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
+    def __getitem__(self, number: int) -> Any:
+        try:
+            return self._sample(number)
+        except ConvertError as error:
+            return error
+
+    def _sample(self, number: int) -> dict[str, Tensor]:
         sample = self._dataset[number]
         found = {
             name: torch.as_tensor(sample[name]).to(dtype)
