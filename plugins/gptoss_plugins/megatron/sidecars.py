@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from gptoss_convert.layout import Layout
     from gptoss_convert.plan import ConversionPlan
+    from gptoss_convert.types import Config
     from gptoss_plugins.megatron.metadata import Stored
 
 METADATA_JSON = {
@@ -122,19 +123,26 @@ def train_state() -> bytes:
 
 def run_config(plan: ConversionPlan) -> bytes:
     """``run_config.yaml`` for Megatron-Bridge: this model's values, and no path of this machine."""
+    return run_config_of(plan.megatron_config, plan.dtype, plan.target.layout, plan.name_or_path)
+
+
+def run_config_of(
+    megatron_config: Config, dtype: str, layout: Layout, name_or_path: str | None = None
+) -> bytes:
+    """The same of any model: its fields in Megatron's names, its type, layout, and hub id."""
     import yaml
 
-    fields = dict(plan.megatron_config)
+    fields = dict(megatron_config)
     if (activation := fields.get("activation_func")) in _ACTIVATIONS:
         fields["activation_func"] = {"_call_": False, "_target_": _ACTIVATIONS[activation]}
     model = {
         "_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider",
         **fields,
-        "bf16": plan.dtype == "BF16",
-        "fp16": plan.dtype == "F16",
-        "params_dtype": {"_call_": False, "_target_": f"torch.{torch_name(plan.dtype)}"},
-        **_parallel(plan.target.layout),
-        **({"hf_model_id": plan.name_or_path} if plan.name_or_path else {}),
+        "bf16": dtype == "BF16",
+        "fp16": dtype == "F16",
+        "params_dtype": {"_call_": False, "_target_": f"torch.{torch_name(dtype)}"},
+        **_parallel(layout),
+        **({"hf_model_id": name_or_path} if name_or_path else {}),
     }
     document = {
         "model": model,
@@ -142,7 +150,7 @@ def run_config(plan: ConversionPlan) -> bytes:
         "tokenizer": {
             "_target_": "megatron.bridge.training.tokenizers.config.TokenizerConfig",
             "tokenizer_type": "HuggingFaceTokenizer",
-            "tokenizer_model": _tokenizer(plan),
+            "tokenizer_model": _tokenizer(name_or_path),
         },
     }
     return yaml.safe_dump(document, sort_keys=True).encode()
@@ -163,10 +171,10 @@ def _parallel(layout: Layout) -> dict[str, Any]:
     return {k: v for k, v in fields.items() if k in always or v not in (1, None)}
 
 
-def _tokenizer(plan: ConversionPlan) -> Any:
+def _tokenizer(name_or_path: str | None) -> Any:
     """The hub id, or the empty path by which Megatron-Bridge means the checkpoint's ``tokenizer/``."""
-    if plan.name_or_path:
-        return plan.name_or_path
+    if name_or_path:
+        return name_or_path
     return {"_target_": "megatron.bridge.training.model_load_save.Path"}
 
 

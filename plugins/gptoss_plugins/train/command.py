@@ -107,7 +107,7 @@ def _train(
     world, rank = (int(os.environ.get(n, d)) for n, d in (("WORLD_SIZE", "1"), ("RANK", "0")))
     require_sound(config, world)
     require_installed("training", "megatron", extras="train")
-    _require_what_is_here(config)
+    _require_base(config)
     require_device(device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that Transformer Engine and Apex are not installed
@@ -134,9 +134,11 @@ def _train(
         click.echo(f"{how} {progress.step} of {config.train.train_iters} steps{where}")
 
 
-def _require_what_is_here(config: TrainingConfig) -> None:
-    if config.peft is not None:
-        raise ConfigError("adapters are not here yet: choose a *_pretrain_* or *_sft_* recipe")
+def _require_base(config: TrainingConfig) -> None:
+    if config.peft is not None and config.checkpoint.pretrained_checkpoint is None:
+        raise ConfigError(
+            "checkpoint.pretrained_checkpoint is null, and adapters are trained on a model; name it"
+        )
 
 
 train_command, *SHORT_FORMS = map(_command, _WHAT)

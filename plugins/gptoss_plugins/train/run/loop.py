@@ -24,7 +24,8 @@ from gptoss_plugins.train.run.collecting import Collecting
 from gptoss_plugins.train.run.data import Steps, place_of
 from gptoss_plugins.train.run.datasets import datasets_of
 from gptoss_plugins.train.run.figures import expert_load, utilization
-from gptoss_plugins.train.run.saving import Progress, last_checkpoint, resume, save
+from gptoss_plugins.train.run.run_config import run_config_files
+from gptoss_plugins.train.run.saving import Progress, last_checkpoint, load_adapters, resume, save
 from gptoss_plugins.train.run.step import evaluate, train_step
 from gptoss_plugins.train.run.stopping import Stop
 from gptoss_plugins.train.run.trainee import build_trainee, rates
@@ -97,26 +98,36 @@ def _is_due(interval: int, progress: Progress) -> bool:
 def _begin(
     config: TrainingConfig, registry: Registry, place: torch.device
 ) -> tuple[Trainee, Progress]:
-    """The run's own last checkpoint, or the weights to start from, or random ones."""
-    where = config.checkpoint
+    """The run's own last checkpoint, or the weights to start from, or random ones.
+
+    A run of adapters has only those in its checkpoints, and always starts from a model's weights.
+    """
+    where, has_adapters = config.checkpoint, config.peft is not None
     last = last_checkpoint(Path(where.load) if where.load else None, where.ckpt_step)
-    start = None if last else where.pretrained_checkpoint
+    start = where.pretrained_checkpoint if has_adapters or not last else None
     trainee = build_trainee(config, registry, place, random_weights=not (last or start))
+    if start or (last and where.finetune):
+        _load(start or str(last), config, registry, trainee)
+    if last and has_adapters and where.finetune:
+        load_adapters(last, trainee)
     if last and not where.finetune:
         return trainee, resume(last, trainee, with_optimizer=where.load_optim)
-    if start or last:
-        checkpoint = open_logical(start or str(last), registry, Choice())
-        ours, theirs = megatron_fields(config.model), checkpoint.fields
-        differ = sorted(k for k in ours if k in theirs and ours[k] != theirs[k])
-        differ = [k for k in differ if not k.startswith("moe_router_load")]
-        if differ:
-            raise CheckpointError(
-                f"{start or last}: is another model than model.size={config.model.size} "
-                f"({', '.join(differ)} differ); name the right size or checkpoint"
-            )
-        fill(trainee.live, checkpoint)
-        trainee.take_masters()
     return trainee, Progress()
+
+
+def _load(path: str, config: TrainingConfig, registry: Registry, trainee: Trainee) -> None:
+    """The model's weights from a checkpoint of any format."""
+    checkpoint = open_logical(path, registry, Choice())
+    ours, theirs = megatron_fields(config.model), checkpoint.fields
+    differ = sorted(k for k in ours if k in theirs and ours[k] != theirs[k])
+    differ = [k for k in differ if not k.startswith("moe_router_load")]
+    if differ:
+        raise CheckpointError(
+            f"{path}: is another model than model.size={config.model.size} "
+            f"({', '.join(differ)} differ); name the right size or checkpoint"
+        )
+    fill(trainee.live, checkpoint)
+    trainee.take_masters()
 
 
 class _Run:
@@ -132,6 +143,7 @@ class _Run:
         self._config, self._trainee, self._tell = config, trainee, tell
         own = json.dumps(hf_config(config.model), indent=2).encode()
         self._files = {"config.json": own, **files}
+        self._beside = run_config_files(config)
         self.fields = megatron_fields(config.model)
 
     def step(self, progress: Progress, coming: Any) -> Progress:
@@ -190,6 +202,7 @@ class _Run:
                     self._trainee,
                     progress,
                     self._files,
+                    self._beside,
                     with_optimizer=where.save_optim,
                     shared=where.fully_parallel_save,
                     keep=where.most_recent_k,

@@ -32,8 +32,10 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from gptoss_convert.blockio import sync_folder, write_note
 from gptoss_convert.errors import CheckpointError
 from gptoss_convert.untrusted import read_small
+from gptoss_plugins.gpt_model.load import require_whole
 from gptoss_plugins.gpt_model.own_pickles import with_own_pickles
 from gptoss_plugins.megatron.folder import TRACKER, companion_place, folder_of, iteration_folder
+from gptoss_plugins.megatron.keys import ADAPTER
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,6 +89,7 @@ def save(
     trainee: Trainee,
     progress: Progress,
     files: Mapping[str, bytes],
+    beside: Mapping[str, bytes],
     *,
     with_optimizer: bool,
     shared: bool,
@@ -99,6 +102,7 @@ def save(
         trainee: what to save.
         progress: how far it is.
         files: companions of the model (config.json, tokenizer): name -> bytes.
+        beside: files for the checkpoint's own folder: name -> bytes.
         with_optimizer: whether its state is saved.
         shared: data-parallel ranks each write a part of what they all hold.
         keep: how many of the newest checkpoints stay; all if -1.
@@ -123,6 +127,8 @@ def save(
     if dist.get_rank() == 0:
         for name, data in files.items():
             write_note(half / companion_place(name), data)
+        for name, data in beside.items():
+            write_note(half / name, data)
         state = {**asdict(progress), "scheduler": trainee.scheduler.num_steps}
         write_note(half / STATE, json.dumps(state).encode())
         half.rename(target)
@@ -175,12 +181,7 @@ def resume(folder: Path, trainee: Trainee, *, with_optimizer: bool) -> Progress:
         raise CheckpointError(f"{folder / STATE}: is damaged ({error}); use another one") from None
     wanted = _state(trainee, with_optimizer=with_optimizer, loading=True)
     _only_tensors(wanted)
-    with with_own_pickles(folder) as copy, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loaded = dist_checkpointing.load(wanted, str(copy))
-    for number, model in enumerate(trainee.live.models):
-        extra = {name: None for name in model.state_dict() if name.endswith("._extra_state")}
-        model.load_state_dict(extra | loaded[f"model{number}"], strict=True)
+    loaded = _load(folder, wanted, trainee)
     if with_optimizer:
         state = _merged(wanted["optimizer"], loaded["optimizer"])
         _set_step(state, progress.step)
@@ -192,6 +193,37 @@ def resume(folder: Path, trainee: Trainee, *, with_optimizer: bool) -> Progress:
     return progress
 
 
+def load_adapters(folder: Path, trainee: Trainee) -> None:
+    """Take up the adapters of a checkpoint, and nothing else of it. All ranks call this together.
+
+    Raises:
+        PlanError: they are not those that are trained here.
+
+    """
+    wanted = _state(trainee, with_optimizer=False)
+    _load(folder, wanted, trainee)
+    trainee.take_masters()
+
+
+def _load(folder: Path, wanted: dict[str, Any], trainee: Trainee) -> dict[str, Any]:
+    """Read what is wanted of a checkpoint, and put weights or adapters where they belong."""
+    models = trainee.live.models
+    with with_own_pickles(folder) as copy, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if trainee.has_adapters:
+            shards = (wanted[f"model{number}"].values() for number in range(len(models)))
+            require_whole([shard for found in shards for shard in found], copy, folder)
+        loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(copy))
+    for number, model in enumerate(models):
+        own = loaded[f"model{number}"]
+        if trainee.has_adapters:  # the model's own weights are there already
+            rest = {k: v for k, v in model.state_dict(keep_vars=True).items() if k not in own}
+        else:
+            rest = {name: None for name in model.state_dict() if name.endswith("._extra_state")}
+        model.load_state_dict(rest | own, strict=True)
+    return loaded
+
+
 def _state(trainee: Trainee, *, with_optimizer: bool, loading: bool = False) -> dict[str, Any]:
     replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
     metadata = {**_CONTENT, "dp_cp_group": replicas}
@@ -199,6 +231,9 @@ def _state(trainee: Trainee, *, with_optimizer: bool, loading: bool = False) -> 
         f"model{number}": model.sharded_state_dict(metadata=metadata)
         for number, model in enumerate(trainee.live.models)
     }
+    if trainee.has_adapters:
+        for name, shards in state.items():
+            state[name] = {key: shard for key, shard in shards.items() if ADAPTER in key}
     if with_optimizer:
         models = state if len(trainee.live.models) > 1 else state["model0"]
         with trainee.optimizers():

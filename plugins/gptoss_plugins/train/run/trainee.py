@@ -19,6 +19,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
+from gptoss_plugins.adapter.modules import add_adapters
 from gptoss_plugins.gpt_model.live import build_live
 from gptoss_plugins.train.architecture import megatron_fields
 from gptoss_plugins.train.ranks import layout_of
@@ -49,6 +50,7 @@ class Trainee:
         clips: largest norm of the gradients; 0 for any.
         dtype: of the weights that compute.
         optimizers: the context in which megatron-core handles the optimizer's state.
+        has_adapters: adapters are trained, and the model's own weights are not.
 
     """
 
@@ -59,6 +61,7 @@ class Trainee:
     clips: float
     dtype: torch.dtype
     optimizers: Callable[[], contextlib.AbstractContextManager[None]]
+    has_adapters: bool = False
 
     def take_masters(self) -> None:
         """The weights were loaded: make the optimizer's own copies anew."""
@@ -96,6 +99,8 @@ def build_trainee(
             **_recompute(config),
         },
     )
+    if config.peft is not None:
+        add_adapters(live, config.peft, config.rng.seed)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.ddp.grad_reduce_in_fp32,
         overlap_grad_reduce=config.ddp.overlap_grad_reduce,
@@ -127,7 +132,8 @@ def build_trainee(
             model.config.grad_scale_func = optimizer.scale_loss
     rates_ = _scheduler(config, optimizer)
     most = config.optimizer.clip_grad
-    return Trainee(live, chunks, optimizer, rates_, most, dtype, optimizers)
+    has_adapters = config.peft is not None
+    return Trainee(live, chunks, optimizer, rates_, most, dtype, optimizers, has_adapters)
 
 
 def _is_precise(config: TrainingConfig) -> bool:
