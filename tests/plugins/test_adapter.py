@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from adapters import EXPERTS, load_onto, logits, tensors, with_adapter
+from adapters import EXPERTS, alike, load_onto, logits, tensors, with_adapter
 from tiny_gptoss import megatron_tensors, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of PEFT and transformers, about each other
@@ -149,26 +149,6 @@ def test_megatrons_form(base: dict[str, Any], tmp_path: Path, invoke: Run) -> No
         key = f"decoder.layers.{name}.adapter."
         a, b = (state[f"{key}{factor}.weight"].double() for factor in ("linear_in", "linear_out"))
         assert (scale * b @ a - wanted[f"decoder.layers.{name}.weight"]).abs().max() < 1e-6
-
-
-def alike(folder: Path, kind: str) -> None:
-    """Give the modules q, k and v one A, or all experts one adapter."""
-    from safetensors.torch import save_file
-
-    found = tensors(folder)
-    for name in found:
-        if kind == "one A" and (".k_proj.lora_A" in name or ".v_proj.lora_A" in name):
-            first = name.replace("k_proj", "q_proj").replace("v_proj", "q_proj")
-            found[name] = found[first].clone()
-        if kind == "shared" and ".experts." in name:
-            dim, experts = (0, 8) if "lora_A" in name else (1, 8)
-            if dim == 0:
-                one = found[name].unflatten(0, (experts, -1))[:1]
-                found[name] = one.expand(experts, -1, -1).reshape(found[name].shape).contiguous()
-            else:
-                one = found[name].unflatten(1, (-1, experts))[..., :1]
-                found[name] = one.expand(-1, -1, experts).reshape(found[name].shape).contiguous()
-    save_file(found, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
 @pytest.mark.parametrize("kind", ["one A", "shared"])

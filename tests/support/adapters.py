@@ -44,3 +44,23 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(folder / "adapter_model.safetensors")
+
+
+def alike(folder: Path, kind: str) -> None:
+    """Give the modules q, k and v one A, or all experts one adapter."""
+    from safetensors.torch import save_file
+
+    found = tensors(folder)
+    for name in found:
+        if kind == "one A" and (".k_proj.lora_A" in name or ".v_proj.lora_A" in name):
+            first = name.replace("k_proj", "q_proj").replace("v_proj", "q_proj")
+            found[name] = found[first].clone()
+        if kind == "shared" and ".experts." in name:
+            dim, experts = (0, 8) if "lora_A" in name else (1, 8)
+            if dim == 0:
+                one = found[name].unflatten(0, (experts, -1))[:1]
+                found[name] = one.expand(experts, -1, -1).reshape(found[name].shape).contiguous()
+            else:
+                one = found[name].unflatten(1, (-1, experts))[..., :1]
+                found[name] = one.expand(-1, -1, experts).reshape(found[name].shape).contiguous()
+    save_file(found, folder / "adapter_model.safetensors", {"format": "pt"})

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gptoss_convert.options import (
-    Checkpoint,
     Folder,
     common_options,
     encode_options,
@@ -21,16 +20,11 @@ from gptoss_convert.options import (
     torch_dtype_option,
 )
 from gptoss_convert.program import choice_of, converted, echo_json, registry_of, required
+from gptoss_plugins.adapter.option import adapter_option
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-adapter_option = click.option(
-    "--adapter",
-    type=Checkpoint(),
-    metavar="DIR|ID",
-    help="LoRA adapter, of PEFT or as Megatron-Bridge saves one.",
-)
 _base_options = together(hf_model_option, revision_option, megatron_option)
 _name_option = click.option(
     "--base-name",

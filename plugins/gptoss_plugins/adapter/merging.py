@@ -19,6 +19,7 @@ from gptoss_convert.loss import Loss
 from gptoss_convert.pieces import Piece, decoded, read_parts
 from gptoss_convert.scratch import Scratch
 from gptoss_convert.types import TensorSpec
+from gptoss_plugins.adapter.opening import open_adapter
 from gptoss_plugins.adapter.ops import swaps
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from gptoss_convert.logical import Logical
     from gptoss_convert.plan import Step
+    from gptoss_convert.registry import Registry
     from gptoss_convert.types import Rule
     from gptoss_plugins.adapter.opening import Adapter
     from gptoss_plugins.adapter.table import Target
@@ -266,4 +268,26 @@ def merged(base: Logical, adapter: Adapter, is_exact: Callable[[Rule], bool]) ->
         steps[key] = replace(step, inputs=tuple(inputs))
     source = MergedSource(base, adapter, adapted)
     left = any(i.codec for step in steps.values() for i in step.inputs)
-    return replace(base, source=source, steps=steps, codec=base.codec if left else None)
+    codec = base.codec if left else None
+    # no format of its own name, so nobody reads the base's files past this source
+    return replace(
+        base, source=source, format=f"{base.format} with an adapter", steps=steps, codec=codec
+    )
+
+
+def with_adapter(base: Logical, path: str | Path, registry: Registry, *, is_exact: bool) -> Logical:
+    """A model with the adapter of a folder added, which must fit it.
+
+    Args:
+        base: the model.
+        path: of the adapter; a folder or a hub id.
+        registry: the plugins.
+        is_exact: leave adapted weights in float32; round them to the base's type, as a merge does,
+            otherwise.
+
+    Raises:
+        ConvertError: it is no adapter, or one of another model.
+
+    """
+    adapter = open_adapter(path, base.family, base.config, registry, str(base.source.path))
+    return merged(base, adapter, lambda _: is_exact)

@@ -109,7 +109,8 @@ class LiveModel:
         """This rank's part of a parameter that it has, as the module has it."""
         chunk, model = next(c for c in self.chunks if c[0].has(parameter))
         layer = None if parameter.layer is None else parameter.layer - chunk.first
-        (name,) = stored_names(parameter.name, layer, LOCAL_GROUPED, 0)
+        canonical = parameter.name.replace(".experts.experts.", ".experts.")  # a shared adapter's
+        (name,) = stored_names(canonical, layer, LOCAL_GROUPED, 0)
         found: Tensor = dict(model.named_parameters())[name].data
         return found
 

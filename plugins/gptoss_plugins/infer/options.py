@@ -18,6 +18,7 @@ from gptoss_convert.options import (
     sizes_options,
     together,
 )
+from gptoss_plugins.adapter.option import adapter_option
 from gptoss_plugins.infer.harmony import EFFORTS
 from gptoss_plugins.infer.sampling import Sampling
 from gptoss_plugins.infer.session import Wanted
@@ -31,6 +32,7 @@ model_options = together(
         type=Folder(),
         help="Folder with tokenizer.json, where the checkpoint has none.",
     ),
+    adapter_option,
     sizes_options,
     computing_options,
     decode_options,
@@ -86,7 +88,7 @@ chat_options = together(
 
 def wanted_of(options: dict[str, Any]) -> Wanted:
     """Which checkpoint a command's options name."""
-    names = ("hf_model", "hf_revision", "megatron_path", "tokenizer")
+    names = ("hf_model", "hf_revision", "megatron_path", "tokenizer", "adapter")
     return Wanted(**{name: options[name] for name in names})
 
 

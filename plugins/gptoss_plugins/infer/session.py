@@ -44,6 +44,7 @@ class Wanted:
         hf_revision: of the hub id.
         megatron_path: root or ``iter_*`` folder.
         tokenizer: folder with a tokenizer; the checkpoint's own if None.
+        adapter: folder or hub id of an adapter, added to the weights as they are loaded.
 
     """
 
@@ -51,6 +52,7 @@ class Wanted:
     hf_revision: str | None
     megatron_path: Path | None
     tokenizer: Path | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,10 @@ def _checkpoint(
             files = model.files
     if found.problems:
         raise PlanError(str(found.source.path), found.problems)
+    if wanted.adapter is not None:
+        from gptoss_plugins.adapter.merging import with_adapter
+
+        found = with_adapter(found, wanted.adapter, registry, is_exact=True)
     return found, files if wanted.tokenizer is None else _in_folder(wanted.tokenizer)
 
 

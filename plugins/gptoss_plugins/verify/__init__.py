@@ -15,6 +15,7 @@ from gptoss_convert.options import (
     revision_option,
 )
 from gptoss_convert.program import choice_of, echo_json, registry_of
+from gptoss_plugins.adapter.option import adapter_option
 from gptoss_plugins.verify.options import Tolerance, logits_options
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ MISMATCH = 3
 )
 @logits_options
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page too.")
+@adapter_option
 @hf_model_option
 @revision_option
 @click.option("--workers", type=click.IntRange(1), help="Pieces at work side by side.")
@@ -68,6 +70,7 @@ def verify(
     logits_tolerance: float | None,
     torch_dtype: str | None,
     html: Path | None,
+    adapter: str | None,
     hf_model: str | None,
     hf_revision: str | None,
     workers: int | None,
@@ -79,7 +82,8 @@ def verify(
 
     A and B are checkpoint folders or hub ids, in any format that this program reads. B is judged by
     A, which is the one that is right. --hf-model names a reference for a Megatron checkpoint that
-    carries no config of its model.
+    carries no config of its model. --adapter adds a LoRA adapter to A, as adapter merge would: so that
+    B, merged somewhere, can be judged.
 
     A alone is held against the manifest.json that was written with it (not with --headers), so that
     a flipped bit is found and its tensor named; --values looks at all numbers, too.
@@ -121,6 +125,10 @@ def verify(
     wanted = bool(second) if values is None else values
     if len(opened) == len(paths):
         one, *two = opened
+        if adapter:
+            from gptoss_plugins.adapter.merging import with_adapter
+
+            one = with_adapter(one, adapter, registry, is_exact=False)
         other = two[0] if two else None
         total = nbytes(one, other) // crew.size if wanted else 0
         show = wanted and not no_progress and crew.rank == 0

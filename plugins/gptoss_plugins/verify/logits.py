@@ -13,6 +13,7 @@ from gptoss_convert.dtypes import from_torch_name, torch_dtype
 from gptoss_convert.errors import ConvertError
 from gptoss_convert.layout import Layout
 from gptoss_convert.types import Finding
+from gptoss_plugins.adapter.merging import MergedSource
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -105,7 +106,8 @@ def logits_of(
     dtype: torch.dtype,
     device: str | None = None,
 ) -> Tensor:
-    """A checkpoint's logits: transformers' model for Hugging Face's, GPTModel for Megatron's.
+    """A checkpoint's logits: transformers' model for Hugging Face's, GPTModel for Megatron's, and for any
+    that has an adapter added.
 
     Args:
         of: the checkpoint.
@@ -119,7 +121,7 @@ def logits_of(
 
     """
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if of.side == "hf":
+    if of.side == "hf" and not isinstance(of.source, MergedSource):
         return hugging_face_logits(
             of.source.path,
             ids,
