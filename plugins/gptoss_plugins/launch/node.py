@@ -1,0 +1,86 @@
+"""The launcher of a node: torchrun, except that SIGTERM is the ranks' own affair.
+
+    python -m gptoss_plugins.launch.node ARGUMENTS OF TORCHRUN
+
+torchrun by itself kills its ranks 30 seconds after SIGTERM, however long they need for a checkpoint, and
+then fails. This passes the signal on, waits for as long as they take, and ends as they end: with 0 if
+they do, or else with the exit code of the first that failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+_OTHERS = "SIGINT,SIGHUP,SIGQUIT"  # on which torchrun ends its ranks as it likes
+_SIGNAL = 128  # an exit code above it is a signal's number, as shells have it
+_PARENT = 1  # field of /proc/PID/stat behind the name, counted from the state
+
+
+def launch(arguments: Sequence[str]) -> int:
+    """Run the node's ranks.
+
+    Args:
+        arguments: as torchrun takes them.
+
+    Returns:
+        the exit code.
+
+    """
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if "LOGLEVEL" not in os.environ:
+        logging.disable(
+            logging.ERROR
+        )  # pages of torchrun's; the ranks say themselves what is wrong
+    parsed = run.parse_args(list(arguments))
+    parsed.signals_to_handle = _OTHERS  # torch before 2.9 does not know it
+    before = signal.signal(signal.SIGTERM, _pass_on)
+    try:
+        run.run(parsed)
+    except ChildFailedError as error:
+        return _code_of(error)
+    except SignalException as error:
+        return _SIGNAL + int(error.sigval)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def _pass_on(number: int, _: object) -> None:
+    for child in _children():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, number)
+
+
+def _children() -> Iterator[int]:
+    """Ids of this process's children."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[_PARENT]) == os.getpid():
+                yield int(stat.parent.name)
+
+
+def _code_of(error: object) -> int:
+    """The first failed rank's exit code; what a signal ended has nobody else to say so."""
+    rank, failure = error.get_first_failure()  # type: ignore[attr-defined]
+    code = int(failure.exitcode)
+    if code >= 0:
+        return code
+    print(f"error: rank {rank} was ended by {failure.signal_name()}", file=sys.stderr)
+    return _SIGNAL - code
+
+
+if __name__ == "__main__":
+    sys.exit(launch(sys.argv[1:]))

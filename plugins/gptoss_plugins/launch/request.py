@@ -1,0 +1,122 @@
+"""What a user asks of the cluster, checked before any of it stands in a script."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gptoss_convert.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+AHEAD = 300  # seconds; Slurm itself may be a minute early
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_ARRAY = re.compile(r"[0-9][0-9,:-]*(%[0-9]+)?")
+# minutes, minutes:seconds, hours:minutes:seconds, days-hours, and so on, as sbatch has them
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+_SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Request:
+    """Options of ``launch slurm``.
+
+    Attributes:
+        job_dir: folder for script and log.
+        name: of the job.
+        time, partition, account: as sbatch takes them; None for the cluster's default.
+        ahead: seconds before the time limit at which ranks are told to save.
+        container_image, container_mounts: of pyxis; None for none.
+        env: variables that the script sets.
+        passed: variables that the submission's environment sets.
+        requeue: whether the job starts again after preemption, a node's failure, or its time limit.
+        array: numbers of the tasks of a job array; None for a plain job.
+        cpus_per_task: of a launcher, or of a process without one; None for a node's.
+        exclusive: whether nodes are the job's alone.
+        further: more options of sbatch, as they are.
+
+    """
+
+    job_dir: Path
+    name: str
+    time: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    ahead: int = AHEAD
+    container_image: str | None = None
+    container_mounts: str | None = None
+    env: tuple[tuple[str, str], ...] = ()
+    passed: tuple[str, ...] = ()
+    requeue: bool = False
+    array: str | None = None
+    cpus_per_task: int | None = None
+    exclusive: bool = True
+    further: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.array is not None and not _ARRAY.fullmatch(self.array):
+            raise UsageError(f"--array {self.array}: is no list of numbers such as 0-3 or 1,5%2")
+        if self.container_mounts and not self.container_image:
+            raise UsageError("--container-mounts needs a container; name it by --container-image")
+        limit = seconds(self.time) if self.time is not None else None
+        if limit is not None and limit < 2 * self.ahead:
+            raise UsageError(
+                f"--ahead {self.ahead}: is how many seconds before the end training saves, and "
+                f"--time {self.time} are only {limit}; say --ahead {max(1, limit // 4)}, or a longer "
+                f"--time"
+            )
+
+
+def seconds(time: str) -> int:
+    """A time limit in seconds.
+
+    Raises:
+        UsageError: sbatch does not know the form.
+
+    """
+    match = _TIME.fullmatch(time)
+    if not match:
+        raise UsageError(
+            f"--time {time}: is no time limit; write it as minutes, hours:minutes:seconds, or "
+            f"days-hours:minutes:seconds"
+        )
+    days, *rest = match.groups()
+    numbers = [int(number) for number in rest if number is not None]
+    if days is not None:
+        units = (3600, 60, 1)
+    else:
+        units = {1: (60,), 2: (60, 1), 3: (3600, 60, 1)}[len(numbers)]  # type: ignore[assignment]
+    return int(days or 0) * 86400 + sum(n * unit for n, unit in zip(numbers, units, strict=False))
+
+
+def variables(
+    words: tuple[str, ...], environment: Mapping[str, str] = os.environ
+) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """``NAME=VALUE`` and ``NAME`` -> those to set, and those to hand on.
+
+    Raises:
+        UsageError: a name is none, or a variable to hand on is not set, or a secret would be written
+            down.
+
+    """
+    chosen, passed = [], []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not _NAME.fullmatch(name):
+            raise UsageError(f"--env {word}: is neither NAME=VALUE nor NAME")
+        if equals and _SECRET.search(name):
+            raise UsageError(
+                f"--env {name}=...: would stand in the script for others to read; export {name}, and "
+                f"say --env {name}"
+            )
+        if equals:
+            chosen.append((name, value))
+        elif name in environment:
+            passed.append(name)
+        else:
+            raise UsageError(f"--env {name}: is not set here; say --env {name}=VALUE, or export it")
+    return tuple(chosen), tuple(passed)
