@@ -88,8 +88,9 @@ chat_options = together(
 
 def wanted_of(options: dict[str, Any]) -> Wanted:
     """Which checkpoint a command's options name."""
-    names = ("hf_model", "hf_revision", "megatron_path", "tokenizer", "adapter")
-    return Wanted(**{name: options[name] for name in names})
+    names = ("hf_model", "hf_revision", "megatron_path", "tokenizer")
+    named = {name: options[name] for name in names}
+    return Wanted(**named, adapter=options.get("adapter"))  # what wants a tokenizer only has none
 
 
 def sampling_of(options: dict[str, Any]) -> Sampling:

@@ -14,20 +14,20 @@ class LoRA:
         dim: rank of the adapters.
         alpha: their strength, divided by the rank.
         dropout: part of the adapters' inputs that is set to 0 in training.
-        share_expert_adapters: all experts of a layer have one adapter together, as is Megatron-Bridge's
-            default; false gives one to each.
         target_modules: which layers have them: of attention linear_qkv and linear_proj, of the
             experts linear_fc1 (gate and up) and linear_fc2 (down).
+        share_expert_adapters: all experts of a layer have one adapter together, as is Megatron-Bridge's
+            default; false gives one to each.
 
     """
 
     dim: Positive = 32
     alpha: Rate = 32.0
     dropout: Fraction = 0.0
-    share_expert_adapters: bool = True
     target_modules: tuple[Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], ...] = (
         "linear_qkv",
         "linear_proj",
         "linear_fc1",
         "linear_fc2",
     )
+    share_expert_adapters: bool = True
