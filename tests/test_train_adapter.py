@@ -244,6 +244,64 @@ def test_what_was_trained_goes_anywhere(
     assert (ours - base).abs().max() > 0.05
 
 
+def test_only_adapters_are_trained(data: Path, start: Path) -> None:
+    """The base keeps every bit; gradients and moments there are of adapters alone; with dropout, too. What
+    is embedded has a gradient, without which nothing behind it could be recomputed.
+    """
+    from gptoss_convert.registry import default_registry
+    from gptoss_plugins.gpt_model.world import world_of
+    from gptoss_plugins.train.choosing import chosen
+    from gptoss_plugins.train.ranks import layout_of
+    from gptoss_plugins.train.run.data import Steps, place_of
+    from gptoss_plugins.train.run.datasets import datasets_of
+    from gptoss_plugins.train.run.loop import _begin
+    from gptoss_plugins.train.run.step import train_step
+
+    registry = default_registry()
+    more = ["checkpoint.save=null", "checkpoint.load=null", "peft.dropout=0.2", EACH]
+    said = words(data, start, *more)
+    config = chosen(registry.recipes(), "tiny_pretrain_config", None, said[6:])
+    with world_of(layout_of(config.model), "cpu") as place:
+        train, _, _ = datasets_of(config, registry)
+        trainee, _ = _begin(config, registry, place)
+        (model,) = trainee.live.models
+        before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        steps = Steps(train, config, place_of(place), 272).since(0)
+        for batches in (next(steps), next(steps), next(steps)):
+            train_step(trainee, batches)
+        assert model.embedding(batches[0].tokens, batches[0].positions).requires_grad
+        trained = {id(p) for group in trainee.optimizer.param_groups for p in group["params"]}
+        for name, weight in model.named_parameters():
+            is_adapter = ".adapter." in name
+            assert torch.equal(before[name], weight) is not is_adapter, name
+            assert weight.requires_grad is (id(weight) in trained) is is_adapter, name
+            assert hasattr(weight, "main_grad") is is_adapter, name
+    assert sum(".adapter." in name for name in before) == 4 * 4 * 2
+
+
+def test_generate_and_chat_with_an_adapter(
+    data: Path, start: Path, alone: dict[str, Any], tmp_path: Path, invoke: Run
+) -> None:
+    """The base with an adapter says what the merged model says, and not what the base does."""
+    run = alone[EACH]["save"]
+    words = ("--adapter", run, "--hf-model", start, "--hf-path", tmp_path / "merged")
+    assert invoke("adapter", "merge", *words).returncode == 0
+    tokens = ("--tokenizer", run / f"iter_{STEPS:07}/tokenizer", "--torch-dtype", "float32")
+    found = {}
+    for name, model in (
+        ("base", ("--hf-model", start)),
+        ("adapter", ("--hf-model", start, "--adapter", run)),
+        ("merged", ("--hf-model", tmp_path / "merged")),
+    ):
+        asked = ("--prompt", "The ", "--prompt", "## ", "--max-new-tokens", 30, "--json")
+        done = invoke("generate", *model, *asked, *tokens)
+        assert done.returncode == 0, done.stderr
+        found[name] = [row["ids"] for row in json.loads(done.stdout)["results"]]
+    assert found["adapter"] == found["merged"] != found["base"]
+    done = invoke("generate", "--megatron-path", run, "--prompt", "x")
+    assert "is the checkpoint of an adapter" in done.stderr
+
+
 REFUSED = {
     "no base": (["checkpoint.pretrained_checkpoint=null"], "pretrained_checkpoint is null"),
     "another rank": (["peft.dim=2", "checkpoint.load={run}"], "(4, 192, 3)"),
