@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# Fine-tuning of adapters (LoRA) on Slurm, packed, in several parallel layouts in turn.
+#
+#   sbatch examples/slurm_peft.sh                                      # 20B on 2 nodes of 8 GPUs
+#   MODEL=120b LAYOUTS=1,1,8,1 sbatch           examples/slurm_peft.sh
+#   DATASET_NAME=openmathinstruct2_thinking sbatch examples/slurm_peft.sh
+#
+# README.md has all variables. Every run goes on from its last checkpoint, whenever this is submitted.
+#SBATCH --job-name=gpt-oss-peft
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+set -uo pipefail
+
+WORKSPACE=${WORKSPACE:-/workspace}
+MODEL=${MODEL:-20b} # 20b, 120b, or tiny: 270,000 parameters, for CPUs
+RECIPE=${RECIPE:-${MODEL}_peft}
+LAYOUTS=${LAYOUTS:-2,2,4,1 4,1,4,1}         # tensor, pipeline, expert, context parallel
+GPUS_PER_NODE=${GPUS_PER_NODE:-8}           # 0 for CPUs
+NPROC_PER_NODE=${NPROC_PER_NODE:-$((GPUS_PER_NODE > 0 ? GPUS_PER_NODE : 1))}
+PRETRAINED_CHECKPOINT=${PRETRAINED_CHECKPOINT:-$WORKSPACE/models/gpt-oss-$MODEL}
+DATASET_NAME=${DATASET_NAME:-squad} # squad, openmathinstruct2_thinking, or one of the hub's
+DATASET_ROOT=${DATASET_ROOT:-}      # a file or folder of one's own, in place of it
+case $DATASET_NAME in
+    openmathinstruct2*)
+        data=("dataset.dataset_name=openmathinstruct2_thinking" dataset.form=chat dataset.val_proportion=0.05)
+        defaults=(4096 128 250 1e-4 0)
+        ;;
+    *)
+        data=("dataset.dataset_name=$DATASET_NAME")
+        defaults=(2048 16 50 1e-4 0)
+        ;;
+esac
+SEQ_LENGTH=${SEQ_LENGTH:-${defaults[0]}}
+GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-${defaults[1]}}
+LR_WARMUP_ITERS=${LR_WARMUP_ITERS:-${defaults[2]}}
+LR=${LR:-${defaults[3]}}
+MIN_LR=${MIN_LR:-${defaults[4]}}
+TRAIN_ITERS=${TRAIN_ITERS:-1000}
+EVAL_INTERVAL=${EVAL_INTERVAL:-50}
+EVAL_ITERS=${EVAL_ITERS:-10}
+SAVE_INTERVAL=${SAVE_INTERVAL:-250}
+LOG_INTERVAL=${LOG_INTERVAL:-1}
+LORA_DIM=${LORA_DIM:-32}
+LORA_ALPHA=${LORA_ALPHA:-32}
+SAVE_SUFFIX=${SAVE_SUFFIX:-}           # of the results' name
+read -ra OVERRIDES <<<"${OVERRIDES:-}" # any more of the recipe's fields: section.field=value ...
+
+# One rank packs the data while the others wait, unless pack_data_job.sh has done it before.
+export NCCL_NVLS_ENABLE=0 TORCH_NCCL_AVOID_RECORD_STREAMS=1 TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC=7200
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+ahead='' told=''
+trap 'ahead=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 # the time limit is near: save
+trap 'told=yes' TERM                                         # scancel or preemption: it saves already
+
+ranks() { # COMMAND...: of gptoss-convert, a launcher on each node
+    srun --wait=60 --cpu-bind=none \
+        ${CONTAINER_IMAGE:+--container-image="$CONTAINER_IMAGE"} \
+        ${CONTAINER_MOUNTS:+--container-mounts="$CONTAINER_MOUNTS"} \
+        python -m gptoss_plugins.launch.node \
+        --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="$NPROC_PER_NODE" \
+        --rdzv_id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" --rdzv_backend=c10d \
+        --rdzv_endpoint="$first:$((10000 + SLURM_JOB_ID % 20000))" \
+        -m gptoss_convert "$@" &
+    local step=$!
+    while kill -0 "$step" 2>/dev/null; do wait "$step"; done # signals interrupt it
+    wait "$step"
+}
+
+name=${DATASET_NAME//[^A-Za-z0-9]/_}
+prefix=gpt_oss_${MODEL}_lora
+if [[ $name != squad ]]; then prefix=gpt_oss_${MODEL}_${name}_lora; fi
+status=0
+for layout in $LAYOUTS; do
+    IFS=, read -r tp pp ep cp <<<"$layout"
+    ((tp > 1)) && sp=True || sp=False
+    pad=$((cp > 1 ? 2 * cp : 1))
+    run=${prefix}_tp${tp}_pp${pp}_ep${ep}_sp${sp}_cp${cp}${SAVE_SUFFIX}
+    results=$WORKSPACE/results/$run
+    words=(
+        "checkpoint.save=$results" "checkpoint.load=$results" "checkpoint.save_interval=$SAVE_INTERVAL"
+        "model.tensor_model_parallel_size=$tp" "model.pipeline_model_parallel_size=$pp"
+        "model.expert_model_parallel_size=$ep" "model.context_parallel_size=$cp"
+        "model.sequence_parallel=$sp" model.calculate_per_token_loss=true
+        "model.seq_length=$SEQ_LENGTH" "dataset.sequence_length=$SEQ_LENGTH"
+        "checkpoint.pretrained_checkpoint=$PRETRAINED_CHECKPOINT"
+        "tokenizer.tokenizer_model=$PRETRAINED_CHECKPOINT"
+        "train.train_iters=$TRAIN_ITERS" "train.global_batch_size=$GLOBAL_BATCH_SIZE"
+        "train.eval_interval=$EVAL_INTERVAL" "train.eval_iters=$EVAL_ITERS"
+        "scheduler.lr_warmup_iters=$LR_WARMUP_ITERS" "optimizer.lr=$LR" "optimizer.min_lr=$MIN_LR"
+        "dataset.pad_seq_to_mult=$pad" "dataset.path_to_cache=$WORKSPACE/data/cache" "${data[@]}"
+        "peft.dim=$LORA_DIM" "peft.alpha=$LORA_ALPHA"
+        "logger.log_interval=$LOG_INTERVAL" "logger.log_file=$results.jsonl"
+        "logger.tensorboard_dir=$results/tb_logs"
+    )
+    packed=$WORKSPACE/data/${name}_${SEQ_LENGTH}_pad${pad}.parquet # by pack_data_job.sh
+    if [[ -n $DATASET_ROOT ]]; then
+        words+=("dataset.dataset_root=$DATASET_ROOT")
+    elif [[ -f $packed ]]; then
+        words+=("dataset.dataset_root=$packed")
+    fi
+    if [[ -n ${WANDB_API_KEY:-} ]]; then
+        words+=("logger.wandb_project=${WANDB_PROJECT:-gpt-oss}" "logger.wandb_exp_name=$run")
+    fi
+    mkdir -p "$WORKSPACE/results"
+    echo "== $run"
+    ranks peft --recipe "$RECIPE" "${words[@]}" ${OVERRIDES[@]+"${OVERRIDES[@]}"}
+    status=$?
+    if [[ $status != 0 || $ahead$told ]]; then break; fi
+done
+if [[ $ahead ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$status"
