@@ -208,6 +208,24 @@ def test_an_untrained_adapter_changes_nothing(
     assert all(torch.equal(before[name], after[name]) for name in before.keys() | after.keys())
 
 
+@pytest.mark.parametrize("kind", ["all", "ranks"])
+def test_one_rank_for_all(kind: str, base: dict[str, Any], tmp_path: Path, invoke: Run) -> None:
+    """As Megatron-Bridge needs it; nothing changes, and the same files come back."""
+    _, want = adapted(base, tmp_path / "peft", **KINDS[kind])
+    where = ("--hf-model", base["hf"], "--output", tmp_path / "megatron", "--uniform-rank")
+    said(invoke("adapter", "import", "--adapter", tmp_path / "peft", *where, "--json"))
+    done = exported(invoke, tmp_path / "megatron", tmp_path / "back")
+    rank = 9 if kind == "all" else 10
+    assert {target["rank"] for target in done["adapter"]["targets"]} == {rank}
+    assert done["adapter"]["rank"] == rank
+    before, after = tensors(tmp_path / "peft"), tensors(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (
+        logits(load_onto(tiny_model(**base["sizes"]), tmp_path / "back")) - want
+    ).abs().max() < 1e-5
+
+
 def test_every_way_of_merging_is_the_same(
     base: dict[str, Any], tmp_path: Path, invoke: Run
 ) -> None:

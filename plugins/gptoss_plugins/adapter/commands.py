@@ -43,6 +43,11 @@ def adapter() -> None:
 @click.option("--output", type=Folder(), help="Megatron folder to write.")
 @_base_options
 @_name_option
+@click.option(
+    "--uniform-rank",
+    is_flag=True,
+    help="Pad all ranks to the highest with zeros: Megatron-Bridge knows one rank for all.",
+)
 @torch_dtype_option
 @run_options
 @common_options
@@ -54,6 +59,7 @@ def import_adapter(
     output: Path | None,
     base_name: str | None,
     torch_dtype: str | None,
+    uniform_rank: bool,
     **rest: Any,
 ) -> None:
     """PEFT adapter -> Megatron: a torch_dist checkpoint of the adapter alone.
@@ -79,6 +85,7 @@ def import_adapter(
         config_file=model.config_file,
         base=base_name or model.hub_id,
         torch_dtype=torch_dtype,
+        uniform_rank=uniform_rank,
     )
     _finish(converted(conversion, target, **rest), found, rest["as_json"])
 

@@ -248,3 +248,40 @@ class SharedB:
     def shapes(self, shapes: Sequence[Shape]) -> Shape:
         """[out, r]."""
         return ExpertB(self.op, self.experts).shapes(shapes)[1:]
+
+
+@dataclass(frozen=True)
+class PadRank:
+    """A factor with zeros behind its rank, which change nothing, to have the rank of all others.
+
+    Attributes:
+        op: of the factor.
+        rank: its own.
+        padded: as Megatron has it.
+        dim: where the rank is, from the end: -2 in A, -1 in B.
+
+    """
+
+    op: Op
+    rank: int
+    padded: int
+    dim: int
+
+    def forward(self, parts: Parts) -> Tensor:
+        """[.., r, ..] -> [.., padded, ..]."""
+        import torch
+
+        made = self.op.forward(parts)
+        shape = list(made.shape)
+        shape[self.dim] = self.padded - self.rank
+        return torch.cat([made, made.new_zeros(shape)], self.dim)
+
+    def inverse(self, tensor: Tensor) -> Parts:
+        """[.., padded, ..] -> [.., r, ..]."""
+        return self.op.inverse(tensor.narrow(self.dim, 0, self.rank))
+
+    def shapes(self, shapes: Sequence[Shape]) -> Shape:
+        """[.., padded, ..]."""
+        found = list(forward_shape(self.op, shapes))
+        found[self.dim] = self.padded
+        return tuple(found)

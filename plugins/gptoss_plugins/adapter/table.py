@@ -16,6 +16,7 @@ from gptoss_plugins.adapter.ops import (
     ExpertA,
     ExpertB,
     OneA,
+    PadRank,
     SharedA,
     SharedB,
     StackedA,
@@ -90,6 +91,7 @@ class Target:
         rank: of the adapter as Megatron has it.
         ranks: of each Hugging Face module, where each has an A of its own; () where one A is shared.
         is_shared: whether all experts of a layer have the same adapter.
+        padded: the rank that Megatron's factors have zeros up to; 0 for none.
 
     """
 
@@ -97,6 +99,7 @@ class Target:
     rank: int
     ranks: tuple[int, ...] = ()
     is_shared: bool = False
+    padded: int = 0
 
     def name(self, factor: str) -> str:
         """Megatron's name of ``linear_in`` (A) or ``linear_out`` (B)."""
@@ -113,7 +116,12 @@ def rules(targets: Iterable[Target]) -> Iterator[Rule]:
     every = list(targets)
     names = stored_modules(target.line for target in every)
     for target in every:
-        yield from _of_experts(target, names) if target.line.experts else _of_modules(target, names)
+        made = _of_experts(target, names) if target.line.experts else _of_modules(target, names)
+        for rule, dim in zip(made, (-2, -1), strict=True):
+            if target.padded > target.rank:
+                yield replace(rule, op=PadRank(rule.op, target.rank, target.padded, dim))
+            else:
+                yield rule
 
 
 def stored_modules(adapted: Iterable[Line]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from gptoss_convert.conversion import Conversion
 from gptoss_convert.dtypes import from_torch_name
 from gptoss_convert.plan import Target as Placing
 from gptoss_convert.plan import make_plan
-from gptoss_plugins.adapter.blocks import separate_ranks
+from gptoss_plugins.adapter.blocks import simplest
 from gptoss_plugins.adapter.peft import PeftSink
 from gptoss_plugins.adapter.peft_config import peft_config
 from gptoss_plugins.adapter.table import Target, adapter_family
@@ -35,6 +35,7 @@ def prepare_adapter_import(
     config_file: Path | None = None,
     base: str | None = None,
     torch_dtype: str | None = None,
+    uniform_rank: bool = False,
 ) -> Conversion:
     """Plan PEFT -> Megatron.
 
@@ -46,11 +47,16 @@ def prepare_adapter_import(
         config_file: where the config stands, to be carried along.
         base: what the checkpoint is to name as the model it is for.
         torch_dtype: element type to write; None keeps the adapter's.
+        uniform_rank: give all the highest rank, with zeros.
 
     """
+    rank, targets = adapter.rank, list(adapter.targets)
+    if uniform_rank:
+        rank = max(target.rank for target in targets)
+        targets = [replace(target, padded=rank) for target in targets]
     trained = Trained(
-        adapter.rank,
-        adapter.alpha,
+        rank,
+        adapter.scale * rank,
         tuple(dict.fromkeys(target.line.linear for target in adapter.targets)),
         any(target.is_shared for target in adapter.targets),
         base or adapter.base or None,
@@ -62,7 +68,7 @@ def prepare_adapter_import(
     files = {"config.json": config_file} if config_file else {}
     stock = registry.formats()["torch_dist"]
     return _conversion(
-        "import", adapter, adapter.targets, family, config, registry, replace(stock, create=create),
+        "import", adapter, targets, family, config, registry, replace(stock, create=create),
         files, torch_dtype,
     )  # fmt: skip
 
@@ -81,7 +87,7 @@ def prepare_adapter_export(
     B of a fused linear that has a block for each module, and zeros elsewhere, becomes an adapter of
     its own for each; otherwise its modules share A. Both compute the same.
     """
-    targets = [separate_ranks(adapter, target) for target in adapter.targets]
+    targets = [simplest(adapter, target) for target in adapter.targets]
     written = _declared(adapter, targets, base or adapter.base or None)
 
     def create(folder: Path, plan: ConversionPlan) -> TensorSink:
