@@ -90,5 +90,10 @@ for layout in $LAYOUTS; do
     fi
     if [[ $ahead$told ]]; then break; fi
 done
-if [[ $ahead ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
+# A lost node breaks the ranks' connections long before Slurm misses it and requeues the job itself.
+lost() { # whether a node is gone; a job that goes on failing is not its fault
+    ((${SLURM_RESTART_COUNT:-0} < 10)) &&
+        ! timeout 60 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" true
+}
+if [[ $ahead ]] || { ((status)) && [[ ! $told ]] && lost; }; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$status"

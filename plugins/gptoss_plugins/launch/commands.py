@@ -94,9 +94,8 @@ def launch() -> None:
 @click.option(
     "--ahead",
     type=click.IntRange(1),
-    default=300,
-    show_default=True,
-    help="Seconds before the time limit at which training is told to save.",
+    help="Seconds before the time limit at which training is told to save; 300, but at most a quarter "
+    "of --time, if left out.",
 )
 @click.option(
     "--array",
@@ -171,13 +170,15 @@ def slurm(
 
 def _request(inner: Any, options: dict[str, Any]) -> Any:
     from gptoss_plugins.launch.inner import workspace
-    from gptoss_plugins.launch.request import Request, variables
+    from gptoss_plugins.launch.request import Request, ahead_of, variables
 
     env, passed = variables(options.pop("env"))
+    ahead = ahead_of(options.pop("ahead"), options["time"])
     name = options.pop("name") or inner.name
-    target = inner.target or workspace() / "results" / name
+    target = None if options["array"] else inner.target  # each task has another
+    target = target or workspace() / "results" / name
     job_dir = (options.pop("job_dir") or target.with_name(f"{target.name}.launch")).absolute()
-    return Request(job_dir, name, env=env, passed=passed, **options)
+    return Request(job_dir, name, ahead=ahead, env=env, passed=passed, **options)
 
 
 @launch.command("local")
@@ -195,11 +196,10 @@ def local(
     """
     from gptoss_plugins.launch.inner import look_at
     from gptoss_plugins.launch.local import command_of
-    from gptoss_plugins.launch.size import size_of
+    from gptoss_plugins.launch.size import size_here
 
     inner = look_at(ctx, words)
-    count = processes or inner.need
-    command = command_of(inner, size_of(inner, 1, 0, count))
+    command = command_of(inner, size_here(inner, processes))
     if dry_run:
         click.echo(shlex.join(command))
     else:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-AHEAD = 300  # seconds; Slurm itself may be a minute early
+_AHEAD = 300  # seconds; Slurm itself may be a minute early
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _ARRAY = re.compile(r"[0-9][0-9,:-]*(%[0-9]+)?")
 # minutes, minutes:seconds, hours:minutes:seconds, days-hours, and so on, as sbatch has them
@@ -46,7 +46,7 @@ class Request:
     time: str | None = None
     partition: str | None = None
     account: str | None = None
-    ahead: int = AHEAD
+    ahead: int = _AHEAD
     container_image: str | None = None
     container_mounts: str | None = None
     env: tuple[tuple[str, str], ...] = ()
@@ -62,13 +62,24 @@ class Request:
             raise UsageError(f"--array {self.array}: is no list of numbers such as 0-3 or 1,5%2")
         if self.container_mounts and not self.container_image:
             raise UsageError("--container-mounts needs a container; name it by --container-image")
-        limit = seconds(self.time) if self.time is not None else None
-        if limit is not None and limit < 2 * self.ahead:
-            raise UsageError(
-                f"--ahead {self.ahead}: is how many seconds before the end training saves, and "
-                f"--time {self.time} are only {limit}; say --ahead {max(1, limit // 4)}, or a longer "
-                f"--time"
-            )
+
+
+def ahead_of(ahead: int | None, time: str | None) -> int:
+    """Seconds before the time limit at which ranks save: as said, or 300, but no more than a quarter.
+
+    Raises:
+        UsageError: it would leave less time to train than to save.
+
+    """
+    limit = seconds(time) if time is not None else None
+    if limit is None:
+        return ahead or _AHEAD
+    if ahead is not None and limit < 2 * ahead:
+        raise UsageError(
+            f"--ahead {ahead}: is how many seconds before the end training saves, and --time {time} is "
+            f"only {limit}; say --ahead {max(1, limit // 4)}, or a longer --time"
+        )
+    return ahead or max(1, min(_AHEAD, limit // 4))
 
 
 def seconds(time: str) -> int:

@@ -39,15 +39,20 @@ wait "$step"
 status=$?
 """
 _TOLD = """\
-ahead=
+ahead='' told=''
 trap 'ahead=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 # the time limit is near: tell the steps
-trap : TERM                                                  # Slurm itself has told them
+trap 'told=yes' TERM                                         # scancel, preemption: Slurm has told them
 """
+# A lost node breaks the ranks' connections long before Slurm misses it and requeues the job itself.
 _AGAIN = """\
-if [[ $ahead ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
+lost() { # whether a node is gone; a job that goes on failing is not its fault
+    ((${SLURM_RESTART_COUNT:-0} < 10)) &&
+        ! timeout 60 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" true
+}
+if [[ $ahead ]] || { ((status)) && [[ ! $told ]] && lost; }; then scontrol requeue "$SLURM_JOB_ID"; fi
 """
 _OVER = """\
-if [[ $ahead ]]; then echo "stopped ahead of the time limit; submit again to go on" >&2; fi
+if [[ $ahead$told ]]; then echo "told to stop; launch again to go on" >&2; fi
 """
 
 

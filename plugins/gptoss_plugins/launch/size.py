@@ -37,6 +37,22 @@ class Size:
         return self.nodes * self.processes
 
 
+def size_here(inner: Inner, processes: int | None) -> Size:
+    """Processes of this machine, as many as the layout needs if nobody says.
+
+    Raises:
+        UsageError: the command cannot run so.
+
+    """
+    count = processes or inner.need
+    if inner.kind == "ranks" and count % inner.need:
+        raise UsageError(
+            f"{counted(count, 'rank')}: the layout ({inner.layout}) takes {inner.need} or a multiple of "
+            f"it; say --nproc-per-node {nearest.multiple(count, inner.need)}"
+        )
+    return size_of(inner, 1, 0, count)
+
+
 def size_of(inner: Inner, nodes: int | None, gpus: int | None, processes: int | None) -> Size:
     """What is given, the rest as small as the command's layout allows.
 
