@@ -24,6 +24,13 @@ STEPS = 20
 LAYOUTS = {
     "tp2": (["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"], 2),
     "pp2": (["model.pipeline_model_parallel_size=2"], 2),
+    "pp2 vpp2": (
+        [
+            "model.pipeline_model_parallel_size=2",
+            "model.virtual_pipeline_model_parallel_size=2",
+        ],
+        2,
+    ),
     "ep2": (["model.expert_model_parallel_size=2"], 2),
     "dp2": ([], 2),
     "cp2": (["model.context_parallel_size=2"], 2),

@@ -97,6 +97,7 @@ def build_trainee(
         overrides={
             "cross_entropy_loss_fusion": config.model.cross_entropy_loss_fusion,
             **_recompute(config),
+            **_exchange(config),
         },
     )
     if config.peft is not None:
@@ -134,6 +135,15 @@ def build_trainee(
     most = config.optimizer.clip_grad
     has_adapters = config.peft is not None
     return Trainee(live, chunks, optimizer, rates_, most, dtype, optimizers, has_adapters)
+
+
+def _exchange(config: TrainingConfig) -> dict[str, Any]:
+    """How stages of several chunks exchange activations.
+
+    Batched, what two stages send each other forth and back at once would be taken for one another.
+    """
+    several = (config.model.virtual_pipeline_model_parallel_size or 1) > 1
+    return {"overlap_p2p_comm": True, "batch_p2p_comm": False} if several else {}
 
 
 def _is_precise(config: TrainingConfig) -> bool:
