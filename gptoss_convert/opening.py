@@ -106,6 +106,8 @@ def config_of(source: TensorSource, registry: Registry, choice: Choice) -> Confi
     """
     if source.config is not None:
         return source.config
+    if isinstance(why := getattr(source, "without_config", None), str):
+        raise ConfigError(why)
     fields = source.megatron_config
     families = registry.models()
     name = choice.model or (next(iter(families)) if len(families) == 1 else None)
@@ -124,9 +126,13 @@ def config_of(source: TensorSource, registry: Registry, choice: Choice) -> Confi
 
 
 def own_config(source: TensorSource) -> Config:
-    """The config.json of a Hugging Face checkpoint; ConfigError if there is none."""
+    """The config.json of a Hugging Face checkpoint; ConfigError if there is none.
+
+    A source that never has one says why, as ``without_config``.
+    """
     if source.config is None:
-        raise ConfigError(f"{source.path}: has no config.json; fetch the whole checkpoint")
+        why = f"{source.path}: has no config.json; fetch the whole checkpoint"
+        raise ConfigError(getattr(source, "without_config", why))
     return source.config
 
 

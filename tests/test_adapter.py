@@ -78,6 +78,17 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
         lambda t: [t.pop(f"{MODEL}.0.self_attn.o_proj.lora_{f}.weight") for f in "AB"],
         "layers.0.self_attn.o_proj.lora_A.weight: is missing",
     ),
+    "NaN": (lambda t: t[f"{Q}B.weight"].fill_(float("nan")), "holds NaN"),
+    "whole numbers": (lambda t: t.update({f"{Q}A.weight": torch.ones(3, 48).int()}), "is I32"),
+    "a layer of too many digits": (
+        lambda t: t.update(
+            {
+                f"{MODEL}.{'9' * 5000}.self_attn.q_proj.lora_{f}.weight": torch.ones(2, 2)
+                for f in "AB"
+            }
+        ),
+        "adapts what cannot be carried over",
+    ),
     "nothing": (lambda t: t.clear(), "no tensors"),
 }
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
@@ -88,6 +99,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "no rank": ({"r": None}, "r is None"),
     "endless pattern": ({"rank_pattern": {"(a+)+$": 2}}, "no name of a module"),
     "experts not named": ({"target_parameters": None}, "target_parameters"),
+    "a long one": ({"auto_mapping": "x" * (1 << 21)}, "takes 2,09"),
     "another rank": ({"r": 4}, "adapter_config.json tells another rank"),
 }
 
@@ -110,9 +122,9 @@ def test_damaged_adapters(case: str, made: dict[str, Path], tmp_path: Path, invo
         fields, text = CONFIGS[case]
         changed(made["peft"], bad, **fields)
     words = ("--adapter", bad, "--hf-model", made["hf"])
-    refused(
-        invoke("adapter", "import", *words, "--output", tmp_path / "out"), tmp_path / "out", text
-    )
+    if case != "NaN":  # which a conversion carries
+        done = invoke("adapter", "import", *words, "--output", tmp_path / "out")
+        refused(done, tmp_path / "out", text)
     done = invoke("adapter", "merge", *words, "--hf-path", tmp_path / "out")
     refused(done, tmp_path / "out", text)
 

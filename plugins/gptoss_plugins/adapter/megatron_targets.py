@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gptoss_convert.types import TensorSource
     from gptoss_plugins.adapter.table import Line
 
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_LAYER = re.compile(r"decoder\.layers\.(\d{1,9})\.")
 # Megatron-Bridge's classes of plain LoRA, and settings of them that make it something else.
 _PLAIN = ("LoRA", "VLMLoRA")
 _OTHER = ("normalize_moe_lora", "experts_shared_outer_loras")
@@ -53,6 +53,11 @@ def in_megatron(source: TensorSource, table: Sequence[Line], layers: int, model:
             if name in specs and len(shape := specs[name].shape) >= 2:
                 targets.append(Target(line, shape[-2], is_shared=is_shared))
     problems = [*halves(specs, ".linear_in.", ".linear_out.")]
+    problems += [
+        f"{target.name('linear_in')}: has a rank of 0; save the adapter again"
+        for target in targets
+        if not target.rank
+    ]
     known = {target.name(factor) for target in targets for factor in ("linear_in", "linear_out")}
     for name in specs:
         layer = _LAYER.match(name)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from gptoss_convert.errors import PlanError, UsageError
+from gptoss_convert.dtypes import FLOATS
+from gptoss_convert.errors import CheckpointError, PlanError, UsageError
 from gptoss_convert.fit import Fitter
 from gptoss_convert.logical import Logical, read
 from gptoss_convert.opening import open_source
@@ -77,14 +78,21 @@ class Adapter:
             name: ``linear_in`` (A) or ``linear_out`` (B).
             layer: of which layer.
 
+        Raises:
+            CheckpointError: it holds NaN or infinity.
+
         """
         step = self._steps[target.name(name), layer]
         piece = Piece(step, 0, step.units, 0)
         part = read(self.logical, piece, Scratch(), in_order=True)
         if self.logical.side == "megatron":
-            return part.tensors[0].float()
-        made = step.rule.op.forward(part.tensors)
-        return made.reshape(step.outputs[0].spec.shape).float()
+            made = part.tensors[0]
+        else:
+            made = step.rule.op.forward(part.tensors).reshape(step.outputs[0].spec.shape)
+        if not bool(made.isfinite().all()):
+            where = f"{self.logical.source.path}: {step.inputs[0].name}"
+            raise CheckpointError(f"{where}: holds NaN or infinity; train the adapter again")
+        return made.float()
 
 
 def open_adapter(
@@ -131,6 +139,12 @@ def _fit(
     fitter = Fitter(source.specs(), None, ())
     drafts = list(fitter.fit(family.rules(config), layers, direction))
     fitter.finish(direction)
+    fitter.problems += [
+        f"{i.name}: is {i.spec.dtype}, and no floating-point type; save the adapter again"
+        for draft in drafts
+        for i in draft.inputs
+        if i.spec.dtype not in FLOATS
+    ]
     steps = {tuple(d.hf): make_step(d, d.inputs[0].spec.dtype, direction) for d in drafts}
     return Logical(
         source,

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from gptoss_convert.blockio import WRITER_BYTES, write_file
-from gptoss_convert.errors import CheckpointError, ConfigError
+from gptoss_convert.errors import CheckpointError
 from gptoss_convert.plan import Group
 from gptoss_convert.untrusted import require_inside
 from gptoss_plugins.adapter.peft_config import CONFIG, PICKLED, TENSORS, read_peft_config
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from gptoss_convert.plan import ConversionPlan
     from gptoss_convert.scratch import Scratch
-    from gptoss_convert.types import Config, GroupWriter, TensorSpec
+    from gptoss_convert.types import GroupWriter, TensorSpec
 
 
 class PeftSource(SafetensorsSource):
@@ -43,16 +43,9 @@ class PeftSource(SafetensorsSource):
         super().__init__(folder, [read_header(path, self.remedy)])
 
     @property
-    def config(self) -> Config | None:  # type: ignore[override]
-        """No model's.
-
-        Raises:
-            ConfigError: always.
-
-        """
-        raise ConfigError(
-            f"{self.path}: is an adapter and no model; see gptoss-convert adapter --help"
-        )
+    def without_config(self) -> str:
+        """What it is, for who asks it for a model's config."""
+        return f"{self.path}: is an adapter and no model; see gptoss-convert adapter --help"
 
     def fingerprint(self) -> str:
         """The config counts, too."""

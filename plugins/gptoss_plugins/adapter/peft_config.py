@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gptoss_convert.errors import ConfigError
+from gptoss_convert.untrusted import require_small
 from gptoss_plugins.huggingface.headers import read_json
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ CONFIG, TENSORS, PICKLED = (
     "adapter_model.safetensors",
     "adapter_model.bin",
 )
+_LONGEST = 1 << 20  # bytes; PEFT writes a few thousand
 _NAME = re.compile(r"[\w.]+")
 # Fields that make an adapter something else than scale * B A, with the values that do not.
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -106,6 +108,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
 
     """
     path = folder / CONFIG
+    require_small([path] if path.exists() else [], _LONGEST)
     raw = read_json(path)
     kind = raw.get("peft_type")
     if kind != "LORA":

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_LAYER = re.compile(rf"{re.escape(PREFIX)}\D*\.(\d+)\.")
+_LAYER = re.compile(rf"{re.escape(PREFIX)}\D*\.(\d{{1,9}})\.")
 
 
 def in_peft(source: PeftSource, table: Sequence[Line], layers: int, model: str) -> Found:

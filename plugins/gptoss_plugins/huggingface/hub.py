@@ -18,7 +18,7 @@ from gptoss_plugins.huggingface.source import COMPANIONS
 if TYPE_CHECKING:
     from huggingface_hub.utils._safetensors import SafetensorsFileMetadata
 
-_WEIGHTS = ("*.safetensors", INDEX)
+_WEIGHTS = ("*.safetensors", INDEX, "adapter_config.json")
 _OTHER_COPIES = ("original/*", "metal/*")  # the same weights once more, in other forms
 
 
