@@ -37,7 +37,7 @@ SlurmdPidFile=$dir/slurmd.%n.pid
 SlurmctldLogFile=$dir/slurmctld.log
 SlurmdLogFile=$dir/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin=task/affinity
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 MpiDefault=none
@@ -57,7 +57,7 @@ CONF
         echo "NodeName=$PREFIX$node NodeHostname=$(hostname -s) NodeAddr=127.0.0.1" \
             "Port=$((port + node)) CPUs=2 RealMemory=2000" >>"$dir/slurm.conf"
         # Names of nodes lead to machines, as the launchers' rendezvous expects.
-        grep -qw "$PREFIX$node" /etc/hosts || echo "127.0.0.1 $PREFIX$node # tests/slurm" >>/etc/hosts
+        echo "127.0.0.1 $PREFIX$node # $dir" >>/etc/hosts
     done
     cat >>"$dir/slurm.conf" <<CONF
 PartitionName=batch Nodes=ALL Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=60
@@ -98,10 +98,8 @@ stop() { # DIR
             kill "$pid" 2>/dev/null || true
         fi
     done
-    if grep -q '# tests/slurm$' /etc/hosts; then # by copying: a container's is a mount
-        grep -v '# tests/slurm$' /etc/hosts >"$dir/hosts" || true
-        cat "$dir/hosts" >/etc/hosts
-    fi
+    grep -vF "# $dir" /etc/hosts >"$dir/hosts" || true
+    cat "$dir/hosts" >/etc/hosts # in place: a container's is a mount
 }
 
 case ${1:-} in

@@ -44,7 +44,7 @@ def launch(arguments: Sequence[str]) -> int:
             logging.ERROR
         )  # pages of torchrun's; the ranks say themselves what is wrong
     parsed = run.parse_args(list(arguments))
-    parsed.signals_to_handle = _OTHERS  # torch before 2.9 does not know it
+    parsed.signals_to_handle = _OTHERS  # an older torch does not know it
     before = signal.signal(signal.SIGTERM, _pass_on)
     try:
         run.run(parsed)
