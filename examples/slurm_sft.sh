@@ -112,10 +112,14 @@ for layout in $LAYOUTS; do
     status=$?
     if [[ $status != 0 || $ahead$told ]]; then break; fi
 done
-# A lost node breaks the ranks' connections long before Slurm misses it and requeues the job itself.
+# Slurm takes a preempted job that saves and ends for a finished one. And a lost node breaks the ranks'
+# connections long before Slurm misses it.
 lost() { # whether a node is gone; a job that goes on failing is not its fault
     ((${SLURM_RESTART_COUNT:-0} < 10)) &&
         ! timeout 60 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" true
 }
-if [[ $ahead ]] || { ((status)) && [[ ! $told ]] && lost; }; then scontrol requeue "$SLURM_JOB_ID"; fi
+preempted() { scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'; }
+if [[ $ahead ]] || preempted || { ((status)) && [[ ! $told ]] && lost; }; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
 exit "$status"

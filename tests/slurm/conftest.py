@@ -68,7 +68,7 @@ class Cluster:
         """What Slurm knows of a job."""
         found = self.run("scontrol", "--oneliner", "show", "job", job)
         assert found.returncode == 0, found.stderr
-        return dict(re.findall(r"(\w+)=(\S+)", found.stdout))
+        return dict(re.findall(r"(\w+)=(.*?)(?= \w+=|\s*$)", found.stdout))
 
     def end(self, job: str) -> dict[str, str]:
         """The same when it has ended."""

@@ -105,3 +105,18 @@ def test_near_the_time_limit_a_job_starts_again(
     assert 2 <= done < STEPS
     assert log.count(f"step {done:>6}/{STEPS}") == 1
     assert losses(run) == pytest.approx(undisturbed, abs=1e-4)
+
+
+def test_a_preempted_job_starts_again(
+    cluster: Cluster, run: Path, undisturbed: dict[int, float]
+) -> None:
+    job = cluster.launch(*PLACE, "--requeue", *words(run))["job"]
+    cluster.until(lambda: len(losses(run)) >= 2, job)
+    options = ["--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null"]
+    urgent = cluster.run("sbatch", "--parsable", *options, "--wrap", "true").stdout.strip()
+    cluster.completed(urgent)
+    log = cluster.completed(job)
+    assert cluster.facts(job)["Restarts"] == "1"
+    assert re.search(rf"stopped after \d+ of {STEPS} steps", log)  # saved, and not begun anew
+    assert log.count(f"step      1/{STEPS}") == 1
+    assert losses(run) == pytest.approx(undisturbed, abs=1e-4)

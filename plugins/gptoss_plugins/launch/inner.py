@@ -122,7 +122,7 @@ def _training(ctx: click.Context, words: tuple[str, ...], options: dict[str, Any
     return Inner(
         words,
         "ranks",
-        Path(save).name if save else words[0],
+        "-".join([words[0], options["recipe"] or options["file"].stem]),
         smallest_world(model),
         layout,
         Path(save) if save else None,

@@ -43,13 +43,17 @@ ahead='' told=''
 trap 'ahead=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 # the time limit is near: tell the steps
 trap 'told=yes' TERM                                         # scancel, preemption: Slurm has told them
 """
-# A lost node breaks the ranks' connections long before Slurm misses it and requeues the job itself.
+# Slurm takes a preempted job that saves and ends for a finished one. And a lost node breaks the ranks'
+# connections long before Slurm misses it.
 _AGAIN = """\
 lost() { # whether a node is gone; a job that goes on failing is not its fault
     ((${SLURM_RESTART_COUNT:-0} < 10)) &&
         ! timeout 60 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" true
 }
-if [[ $ahead ]] || { ((status)) && [[ ! $told ]] && lost; }; then scontrol requeue "$SLURM_JOB_ID"; fi
+preempted() { scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'; }
+if [[ $ahead ]] || preempted || { ((status)) && [[ ! $told ]] && lost; }; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
 """
 _OVER = """\
 if [[ $ahead$told ]]; then echo "told to stop; launch again to go on" >&2; fi

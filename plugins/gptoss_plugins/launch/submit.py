@@ -23,6 +23,7 @@ _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_
 _ENDED_UNLESS_REQUEUED = ("NODE_FAIL", "PREEMPTED")
 _PAUSE = 1.0  # seconds between two looks at the log
 _LOOKS = 5  # at the log, for each at the job: the controller serves everybody
+_PATIENCE = 24  # looks at the job, two minutes
 _AT_ONCE = 1 << 20  # bytes of the log
 
 
@@ -74,16 +75,23 @@ def follow(job: Job) -> int:
         its exit code.
 
     """
-    shown, looks = 0, 0
+    shown, failed, looks = 0, 0, 0
     while True:
-        state, code = ended(job.number) if looks % _LOOKS == 0 else ("", None)
+        state, code = "", None
+        if looks % _LOOKS == 0:
+            try:
+                state, code = ended(job.number)
+                failed = 0
+            except ConvertError:  # a busy controller does not always answer
+                failed += 1
+                if failed == _PATIENCE:
+                    raise
         shown = _show(job.log, shown)
         if code is not None:
-            break
+            click.echo(f"job {job.number}: {state.lower()}", err=True)
+            return code
         time.sleep(_PAUSE)
         looks += 1
-    click.echo(f"job {job.number}: {state.lower()}", err=True)
-    return code
 
 
 def ended(number: str) -> tuple[str, int | None]:
