@@ -61,7 +61,7 @@ trap 'ahead=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 # the time limit is
 trap 'told=yes' TERM                                         # scancel or preemption: it saves already
 
 ranks() { # COMMAND...: of gptoss-convert, a launcher on each node
-    srun --wait=60 --cpu-bind=none \
+    srun --kill-on-bad-exit=1 --cpu-bind=none \
         ${CONTAINER_IMAGE:+--container-image="$CONTAINER_IMAGE"} \
         ${CONTAINER_MOUNTS:+--container-mounts="$CONTAINER_MOUNTS"} \
         python -m gptoss_plugins.launch.node \

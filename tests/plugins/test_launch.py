@@ -191,6 +191,10 @@ def test_as_few_nodes_as_the_layout_needs(
         ("--gpus-per-node 4 --nproc-per-node 2 -- pretrain --recipe tiny", "has a GPU of its own"),
         ("-- pretrian --recipe 20b", "pretrian: there is no such command"),
         ("-- data", "data: say which of its commands"),
+        (
+            "-- sft --recipe 20b_pretrain",
+            "20b_pretrain: is for pretrain; say pretrain in place of sft",
+        ),
         ("-- pretrain --recipe 20c", "20c: there is no such recipe"),
         ("-- pretrain --recipe 20b train.iters=3", "train.iters: there is no such field"),
         ("-- pretrain --recipe 20b --nope", "No such option"),

@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _OTHERS = "SIGINT,SIGHUP,SIGQUIT"  # on which torchrun ends its ranks as it likes
+_ALONE = ("1", "1:1")
+_TOGETHER = (
+    5  # seconds in which other nodes can fail for the same reason, before srun ends them all
+)
 _SIGNAL = 128  # an exit code above it is a signal's number, as shells have it
 _PARENT = 1  # field of /proc/PID/stat behind the name, counted from the state
 
@@ -49,6 +54,8 @@ def launch(arguments: Sequence[str]) -> int:
     try:
         run.run(parsed)
     except ChildFailedError as error:
+        if parsed.nnodes not in _ALONE:
+            time.sleep(_TOGETHER)
         return _code_of(error)
     except SignalException as error:
         return _SIGNAL + int(error.sigval)

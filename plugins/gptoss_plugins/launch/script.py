@@ -188,9 +188,7 @@ def _step(inner: Inner, size: Size, request: Request) -> str:
     """The step in the background, because bash hears no signal while it runs something else."""
     words = ["srun"]
     if inner.kind == "ranks":
-        words.append(
-            "--wait=60"
-        )  # seconds, for the other nodes, which may wait for the first to end
+        words.append("--kill-on-bad-exit=1")  # the others would wait for it
     words.append("--cpu-bind=none")  # a launcher's ranks share the node's cores
     if request.container_image:
         words.append(f"--container-image={shlex.quote(request.container_image)}")

@@ -34,10 +34,11 @@ def chosen(
         file: a config in YAML, in place of a recipe.
         words: overrides; those that name a parameter of the recipe (``peft`` of the ``finetune``
             recipes) go to it.
-        kind: pretrain, sft or peft, which may be left out of the name, too.
+        kind: pretrain, sft or peft, if it has to be that; it may be left out of the name, then.
 
     Raises:
-        UsageError: there is not one of the two, or what it names is not there, or does not fit.
+        UsageError: there is not one of the two, or what it names is not there, or does not fit, or is
+            of another kind.
 
     """
     if (name is None) == (file is None):
@@ -45,8 +46,19 @@ def chosen(
             "name a recipe or a file, one of the two; `gptoss-convert recipes` lists them"
         )
     if file is not None:
-        return override(from_yaml(file), words)
-    recipe = find(recipes, str(name), kind)
+        config = override(from_yaml(file), words)
+    else:
+        config = _of_recipe(recipes, str(name), words, kind)
+    found = "peft" if config.peft is not None else config.dataset.kind
+    if kind not in (None, found):
+        raise UsageError(f"{name or file}: is for {found}; say {found} in place of {kind}")
+    return config
+
+
+def _of_recipe(
+    recipes: Mapping[str, Recipe], name: str, words: Sequence[str], kind: str | None
+) -> TrainingConfig:
+    recipe = find(recipes, name, kind)
     known = inspect.signature(recipe.build).parameters.values()
     takes = {one.name for one in known if one.kind is not one.VAR_KEYWORD}
     pairs = {word: split(word) for word in words}

@@ -92,9 +92,6 @@ def _config(
 
     recipes: Mapping[str, Recipe] = registry_of(ctx).recipes()
     config = chosen(recipes, recipe, file, words, kind=None if kind == "train" else kind)
-    found = "peft" if config.peft is not None else config.dataset.kind
-    if kind not in ("train", found):
-        raise UsageError(f"{recipe or file}: is for {found}; say {found} in place of {kind}")
     return with_dclm(config, os.environ)
 
 
