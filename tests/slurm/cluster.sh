@@ -60,8 +60,8 @@ CONF
         echo "127.0.0.1 $PREFIX$node # $dir" >>/etc/hosts
     done
     cat >>"$dir/slurm.conf" <<CONF
-PartitionName=batch Nodes=ALL Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=60
-PartitionName=urgent Nodes=ALL MaxTime=60 State=UP PriorityTier=9
+PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9
 CONF
 }
 

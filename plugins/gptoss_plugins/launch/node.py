@@ -65,7 +65,10 @@ def launch(arguments: Sequence[str]) -> int:
 
 
 def _pass_on(number: int, _: object) -> None:
-    for child in _children():
+    children = list(_children())
+    if not children:  # the nodes are still looking for each other
+        sys.exit(_SIGNAL + number)
+    for child in children:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, number)
 
