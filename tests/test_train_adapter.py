@@ -25,6 +25,7 @@ LAYOUTS = {
     "pp2": ["model.pipeline_model_parallel_size=2"],
     "ep2": ["model.expert_model_parallel_size=2"],
     "dp2": ["optimizer.use_distributed_optimizer=true"],
+    "cp2": ["model.context_parallel_size=2"],
     "tp2 ep2": [
         *("model.tensor_model_parallel_size=2", "model.sequence_parallel=true"),
         "model.expert_model_parallel_size=2",
@@ -302,10 +303,26 @@ def test_generate_and_chat_with_an_adapter(
     assert "is the checkpoint of an adapter" in done.stderr
 
 
+def test_begun_anew_from_adapters(
+    data: Path, start: Path, alone: dict[str, Any], invoke: Run
+) -> None:
+    """checkpoint.finetune takes the adapters and begins at step 0."""
+    run = alone[EACH]
+    more = [f"checkpoint.load={run['save']}", "checkpoint.finetune=true", "checkpoint.save=null"]
+    (line,) = lines_of(
+        invoke(
+            *words(data, start, *more, EACH, "train.train_iters=1", "scheduler.lr_warmup_iters=0")
+        )
+    )
+    assert line["step"] == 1
+    assert line["loss"] < run["lines"][0]["loss"] - 0.1
+
+
 REFUSED = {
     "no base": (["checkpoint.pretrained_checkpoint=null"], "pretrained_checkpoint is null"),
     "another rank": (["peft.dim=2", "checkpoint.load={run}"], "(4, 192, 3)"),
     "another kind": ([SHARED, "checkpoint.load={run}"], "experts"),
+    "a model's run": (["checkpoint.load={run}", "peft=null"], "the model has no such tensor"),
     "fewer targets": (["peft.target_modules=[linear_qkv]", "checkpoint.load={run}"], "linear_proj"),
 }
 

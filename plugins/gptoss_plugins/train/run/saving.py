@@ -210,9 +210,8 @@ def _load(folder: Path, wanted: dict[str, Any], trainee: Trainee) -> dict[str, A
     models = trainee.live.models
     with with_own_pickles(folder) as copy, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if trainee.has_adapters:
-            shards = (wanted[f"model{number}"].values() for number in range(len(models)))
-            require_whole([shard for found in shards for shard in found], copy, folder)
+        shards = (wanted[f"model{number}"].values() for number in range(len(models)))
+        require_whole([shard for found in shards for shard in found], copy, folder)
         loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(copy))
     for number, model in enumerate(models):
         own = loaded[f"model{number}"]
