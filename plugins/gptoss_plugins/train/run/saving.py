@@ -109,10 +109,10 @@ def save(
 
     """
     target = root / folder_of(progress.step)
-    half = root / f".{target.name}.part"
+    half, old = (root / f".{target.name}.{end}" for end in ("part", "old"))
     if dist.get_rank() == 0:
-        for old in (half, target):
-            shutil.rmtree(old, ignore_errors=True)
+        for left in (half, old):
+            shutil.rmtree(left, ignore_errors=True)
         half.mkdir(parents=True)
     dist.barrier()
     with warnings.catch_warnings():
@@ -131,7 +131,10 @@ def save(
             write_note(half / name, data)
         state = {**asdict(progress), "scheduler": trainee.scheduler.num_steps}
         write_note(half / STATE, json.dumps(state).encode())
+        if target.exists():  # of another run, and whole until this one is
+            target.rename(old)
         half.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
         sync_folder(root)
         write_note(root / TRACKER, f"{progress.step}\n".encode())
         _remove_old(root, target, keep)
