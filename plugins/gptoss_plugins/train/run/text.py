@@ -64,8 +64,16 @@ def text_datasets(config: TrainingConfig, tokens: Tokens) -> tuple[Any, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = BlendedMegatronDatasetBuilder(kind, wanted, lambda: True, settings).build()
+    for one in found:
+        _with_own_masks(one)
     train_samples, valid_samples, _ = (one and _Whole(one) for one in found)
     return train_samples, valid_samples
+
+
+def _with_own_masks(dataset: Any) -> None:
+    """megatron-core keeps the mask of the first sample that is read for all others, padding and all."""
+    for part in getattr(dataset, "datasets", [dataset] if dataset is not None else []):
+        part.masks_and_position_ids_are_cacheable = False
 
 
 class _Whole:
