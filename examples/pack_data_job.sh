@@ -47,6 +47,7 @@ node() { # COMMAND...: in the container, if there is one
         ${CONTAINER_MOUNTS:+--container-mounts="$CONTAINER_MOUNTS"} "$@"
 }
 
+node mkdir -p "$WORKSPACE/data"
 if [[ -z $INPUT ]]; then
     INPUT=$WORKSPACE/data/$DATASET_NAME
     node hf download --repo-type dataset "$repository" --include "$pattern" --local-dir "$INPUT"

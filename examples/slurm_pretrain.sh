@@ -42,10 +42,11 @@ ahead='' told=''
 trap 'ahead=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 # the time limit is near: save
 trap 'told=yes' TERM                                         # scancel or preemption: it saves already
 
+container=(${CONTAINER_IMAGE:+--container-image="$CONTAINER_IMAGE"}
+    ${CONTAINER_MOUNTS:+--container-mounts="$CONTAINER_MOUNTS"})
+
 ranks() { # COMMAND...: of gptoss-convert, a launcher on each node
-    srun --kill-on-bad-exit=1 --cpu-bind=none \
-        ${CONTAINER_IMAGE:+--container-image="$CONTAINER_IMAGE"} \
-        ${CONTAINER_MOUNTS:+--container-mounts="$CONTAINER_MOUNTS"} \
+    srun --kill-on-bad-exit=1 --cpu-bind=none ${container[@]+"${container[@]}"} \
         python -m gptoss_plugins.launch.node \
         --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="$NPROC_PER_NODE" \
         --rdzv_id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" --rdzv_backend=c10d \
@@ -56,6 +57,7 @@ ranks() { # COMMAND...: of gptoss-convert, a launcher on each node
     wait "$step"
 }
 
+srun --nodes=1 --ntasks=1 ${container[@]+"${container[@]}"} mkdir -p "$WORKSPACE/results"
 status=0
 for layout in $LAYOUTS; do
     IFS=, read -r tp pp ep cp <<<"$layout"
@@ -80,7 +82,6 @@ for layout in $LAYOUTS; do
     if [[ -n ${WANDB_API_KEY:-} ]]; then
         words+=("logger.wandb_project=${WANDB_PROJECT:-gpt-oss}" "logger.wandb_exp_name=$run")
     fi
-    mkdir -p "$WORKSPACE/results"
     echo "== $run"
     ranks pretrain --recipe "$RECIPE" "${words[@]}" ${OVERRIDES[@]+"${OVERRIDES[@]}"}
     code=$?

@@ -74,17 +74,14 @@ def pretrained(cluster: Cluster, workspace: Path, run_cli: Callable[..., Any]) -
         "slurm_pretrain.sh",
         *ON_TWO,
         WORKSPACE=workspace,
-        LAYOUTS="1,1,2,1 2,1,1,1",
+        LAYOUTS="1,1,2,1 1,1,1,1",
         MICRO_BATCH_SIZE=2,
         **TINY,
         **where,
     )
     log = cluster.completed(job)
     results = workspace / "results"
-    runs = [
-        results / f"gpt_oss_tiny_pretrain_tp{tp}_pp1_ep{ep}_sp{tp == 2}_cp1"
-        for tp, ep in ((1, 2), (2, 1))
-    ]
+    runs = [results / f"gpt_oss_tiny_pretrain_tp1_pp1_ep{ep}_spFalse_cp1" for ep in (2, 1)]
     assert log.count(f"trained {STEPS} of {STEPS} steps") == 2
     one = alone(
         run_cli, workspace, "pretrain", "--recipe", "tiny", f"dataset.blend=[{prefix}]",
@@ -240,6 +237,6 @@ def test_a_conversion_is_split_over_two_nodes(
     same = run_cli("verify", exported, originals["mxfp4"], "--json")
     assert same.returncode == 0, same.stdout
     assert json.loads(same.stdout)["sound"]
-    assert "error" not in log
+    assert "error:" not in log
     made = {path.name for path in models.iterdir() if "finished" not in path.name}
     assert made == {"gpt-oss-mine", "gpt-oss-mine-hf-export"}

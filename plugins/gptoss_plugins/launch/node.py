@@ -10,6 +10,7 @@ they do, or else with the exit code of the first that failed.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import signal
@@ -26,6 +27,7 @@ _ALONE = ("1", "1:1")
 _TOGETHER = (
     5  # seconds in which other nodes can fail for the same reason, before srun ends them all
 )
+_LEVEL = "TORCH_CPP_LOG_LEVEL"
 _SIGNAL = 128  # an exit code above it is a signal's number, as shells have it
 _PARENT = 1  # field of /proc/PID/stat behind the name, counted from the state
 
@@ -40,6 +42,8 @@ def launch(arguments: Sequence[str]) -> int:
         the exit code.
 
     """
+    with _quiet():
+        importlib.import_module("torch")
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -62,6 +66,21 @@ def launch(arguments: Sequence[str]) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What is imported in it warns of nothing from C++: of the nodes' store, which goes with the first
+    node that is done, by pages. The ranks' own warnings stay.
+    """
+    if _LEVEL in os.environ:
+        yield
+        return
+    os.environ[_LEVEL] = "ERROR"
+    try:
+        yield
+    finally:
+        del os.environ[_LEVEL]
 
 
 def _pass_on(number: int, _: object) -> None:
