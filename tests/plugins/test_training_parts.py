@@ -159,3 +159,20 @@ def test_flops_are_those_counted_by_torch() -> None:
     wasted = 4 * queries * hidden_keys * fields["num_layers"]
     ours = flops_per_token(fields, length) / 3 + wasted
     assert counted.get_total_flops() / length == pytest.approx(ours, rel=1e-9)
+
+
+def test_a_blend_that_is_not_there(tmp_path: Any) -> None:
+    from gptoss_convert.errors import CheckpointError
+    from gptoss_plugins.train.recipes import tiny_pretrain_config
+    from gptoss_plugins.train.run.text import Tokens, text_datasets
+
+    (tmp_path / "text.bin").touch()
+    for name, message in [
+        ("gone", r"gone\.bin: is not there; dataset\.blend names prefixes of \.bin and \.idx"),
+        ("text", r"text\.idx: is not there; dataset\.blend names prefixes of \.bin and \.idx"),
+        ("text.bin", r"names prefixes, so say \S*/text$"),
+        ("text.idx", r"names prefixes, so say \S*/text$"),
+    ]:
+        config = tiny_pretrain_config().having(dataset={"blend": ((str(tmp_path / name),), None)})
+        with pytest.raises(CheckpointError, match=message):
+            text_datasets(config, Tokens("bytes", 272, 256, 257))

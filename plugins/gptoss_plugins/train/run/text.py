@@ -94,8 +94,14 @@ def _listed(value: Any) -> Any:
 def _require(prefixes: Any) -> None:
     for prefix in prefixes:
         for suffix in (".bin", ".idx"):
-            if not Path(prefix + suffix).is_file():
+            if Path(prefix + suffix).is_file():
+                continue
+            stem = prefix.removesuffix(".bin").removesuffix(".idx")
+            if stem != prefix:
                 raise CheckpointError(
-                    f"{prefix}{suffix}: is not there; dataset.blend names prefixes of .bin and .idx "
-                    f"files, as data preprocess makes them"
+                    f"{prefix}{suffix}: is not there; dataset.blend names prefixes, so say {stem}"
                 )
+            raise CheckpointError(
+                f"{prefix}{suffix}: is not there; dataset.blend names prefixes of .bin and .idx "
+                f"files, as data preprocess makes them"
+            )
