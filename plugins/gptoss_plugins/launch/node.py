@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 
 _OTHERS = "SIGINT,SIGHUP,SIGQUIT"  # on which torchrun ends its ranks as it likes
 _ALONE = ("1", "1:1")
-_TOGETHER = (
-    5  # seconds in which other nodes can fail for the same reason, before srun ends them all
-)
+_TOGETHER = 5  # seconds for other nodes to fail for the same reason, before srun ends them all
 _LEVEL = "TORCH_CPP_LOG_LEVEL"
 _SIGNAL = 128  # an exit code above it is a signal's number, as shells have it
 _PARENT = 1  # field of /proc/PID/stat behind the name, counted from the state
@@ -49,15 +47,14 @@ def launch(arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if "LOGLEVEL" not in os.environ:
-        logging.disable(
-            logging.ERROR
-        )  # pages of torchrun's; the ranks say themselves what is wrong
+        logging.disable(logging.ERROR)  # the ranks say themselves, and shorter, what is wrong
     parsed = run.parse_args(list(arguments))
     parsed.signals_to_handle = _OTHERS  # an older torch does not know it
     before = signal.signal(signal.SIGTERM, _pass_on)
     try:
         run.run(parsed)
     except ChildFailedError as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if parsed.nnodes not in _ALONE:
             time.sleep(_TOGETHER)
         return _code_of(error)
