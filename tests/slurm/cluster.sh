@@ -16,13 +16,14 @@ install_packages() {
 }
 
 configure() { # DIR NODES
-    local dir=$1 nodes=$2 node port=$((20000 + $$ % 10000))
+    local dir=$1 nodes=$2 node port=$((30000 + $$ % 300 * 8)) # another cluster may be here, too
     mkdir -p "$dir/state" "$dir/spool"
     chmod 755 "$dir" # munged refuses a socket's folder that others can write to
     head --bytes 128 /dev/urandom >"$dir/munge.key"
     chmod 400 "$dir/munge.key"
     cat >"$dir/slurm.conf" <<CONF
 ClusterName=tests
+FirstJobId=$((1 + $$ % 20000))
 SlurmctldHost=$(hostname -s)(127.0.0.1)
 SlurmctldPort=$port
 SlurmUser=$(id -un)

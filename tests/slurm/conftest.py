@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 NODES = 3  # one to spare, for a job of two that loses one
+ENDED = ("COMPLETED", "FAILED", "CANCELLED")
 PATIENCE = 600  # seconds, on two cores that others use, too
 
 
@@ -72,8 +73,11 @@ class Cluster:
 
     def end(self, job: str) -> dict[str, str]:
         """The same when it has ended."""
-        self.until(lambda: self.facts(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), job)
-        return self.facts(job)
+        end = time.monotonic() + PATIENCE
+        while (facts := self.facts(job))["JobState"] not in ENDED:
+            assert time.monotonic() < end, self.log(job)
+            time.sleep(0.5)
+        return facts
 
     def completed(self, job: str) -> str:
         """The log of a job that ends well."""
@@ -92,6 +96,7 @@ class Cluster:
         end = time.monotonic() + PATIENCE
         while not true():
             assert time.monotonic() < end, self.log(job)
+            assert not job or self.facts(job)["JobState"] not in ENDED, self.log(job)
             time.sleep(0.5)
 
     def lose(self, node: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,3 +74,18 @@ def test_what_slurm_refuses_is_told(cluster: Cluster, tmp_path: Path) -> None:
     assert found.returncode == 1
     assert "invalid partition specified: nowhere" in found.stderr
     assert "Traceback" not in found.stderr
+
+
+def test_ctrl_c_leaves_the_job_running(cluster: Cluster, tmp_path: Path) -> None:
+    options = ["--follow", "--job-dir", tmp_path, "--sbatch", "begin=now+1hour"]
+    command = ["gptoss-convert", "launch", "slurm", *map(str, options), "--", "verify", "a"]
+    process = subprocess.Popen(
+        command, env=cluster.environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    assert process.stderr
+    number = process.stderr.readline().split()[2].rstrip(";")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert f"job {number} goes on; scancel {number} ends it" in process.stderr.read()
+    assert cluster.facts(number)["JobState"] == "PENDING"
+    assert cluster.run("scancel", number).returncode == 0

@@ -11,7 +11,7 @@ import click
 
 from gptoss_convert.errors import UsageError
 from gptoss_convert.options import Folder, together
-from gptoss_convert.program import echo_json
+from gptoss_convert.program import INTERRUPTED, echo_json
 
 SCHEMA = "gptoss-convert.launch/1"
 _words = click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="-- COMMAND...")
@@ -165,7 +165,11 @@ def slurm(
         click.echo(f"submitted job {job.number}: log {job.log}, script {job.script}")
     if job and follow:
         click.echo(f"submitted job {job.number}; Ctrl-C leaves it running", err=True)
-        ctx.exit(submit.follow(job))
+        try:
+            ctx.exit(submit.follow(job))
+        except KeyboardInterrupt:
+            click.echo(f"job {job.number} goes on; scancel {job.number} ends it", err=True)
+            ctx.exit(INTERRUPTED)
 
 
 def _request(inner: Any, options: dict[str, Any]) -> Any:

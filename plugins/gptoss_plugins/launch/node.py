@@ -45,6 +45,7 @@ def launch(arguments: Sequence[str]) -> int:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
     if "LOGLEVEL" not in os.environ:
         logging.disable(logging.ERROR)  # the ranks say themselves, and shorter, what is wrong
@@ -60,6 +61,13 @@ def launch(arguments: Sequence[str]) -> int:
         return _code_of(error)
     except SignalException as error:
         return _SIGNAL + int(error.sigval)
+    except RendezvousError as error:
+        print(
+            f"error: the nodes' launchers did not find each other at {parsed.rdzv_endpoint} ({error}); "
+            f"look whether all of them started, and whether the others can reach the first",
+            file=sys.stderr,
+        )
+        return 1
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
