@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from gptoss_convert.errors import CheckpointError, IncompleteError, UsageError
 from gptoss_plugins.data import preprocess as module
 from gptoss_plugins.data import units
 from gptoss_plugins.data.preprocess import Job, preprocess
+from gptoss_plugins.data.records import records_in
 from gptoss_plugins.infer.tokenizer import load_tokenizer
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -93,6 +95,32 @@ def test_zstd_and_parquet(job: Job, source: Path, expected: Any, tmp_path: Path)
         assert made(tmp_path / "set") == expected
 
 
+def test_rows_of_parquet_without_text(job: Job, tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = {"text": ["a", "b", None, "d"], "id": [3, 4, 5, 6]}
+    parquet.write_table(arrow.table(rows), tmp_path / "d.parquet", row_group_size=2)
+    with pytest.raises(CheckpointError, match=r"d\.parquet: row 2 has no text under 'text'"):
+        preprocess([tmp_path / "d.parquet"], tmp_path / "set", job)
+    with pytest.raises(CheckpointError, match="has no column 'body', only text, id"):
+        preprocess([tmp_path / "d.parquet"], tmp_path / "other", replace(job, key="body"))
+
+
+@pytest.mark.parametrize("kept", [1, 3, 40, -1])  # of the last frame: within magic, header, data
+def test_zstd_that_is_cut(kept: int, job: Job, source: Path, tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    path = tmp_path / "d.jsonl.zst"
+    data = source.read_bytes()
+    first, last = map(zstandard.compress, (data[:4000], data[4000:]))
+    path.write_bytes(first + last[:kept])
+    with pytest.raises(CheckpointError, match=r"d\.jsonl\.zst: is cut off; fetch it again$"):
+        preprocess([path], tmp_path / "set", job)
+    with pytest.raises(CheckpointError, match=r"d\.jsonl\.zst: is cut off; fetch it again$"):
+        [*records_in(units.units_of(path)[0])]  # as packing reads them
+    assert not (tmp_path / "set.bin").exists()
+
+
 def test_killed_and_run_again(job: Job, source: Path, expected: Any, tmp_path: Path) -> None:
     code = """
 import sys, time
@@ -139,16 +167,20 @@ def test_an_unfinished_run_of_another_kind(job: Job, source: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "is no JSON at byte 16"),
-        ("[1]", "the line at byte 16 has no text under 'text'"),
+        ("{", "is no JSON"),
+        ("[1]", "is no JSON object"),
         ('{"text": 3}', "has no text under 'text'"),
         ('{"other": "x"}', "has no text under 'text'"),
-        ("[" * 100_000, "is no JSON at byte 16"),
+        (
+            r'{"text": "ab\ud800"}',
+            "has a 'text' with half a surrogate pair at character 2; mend it",
+        ),
+        ("[" * 100_000, "is no JSON"),
     ],
 )
 def test_damaged_lines(line: str, message: str, job: Job, tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text('{"text": "abc"}\n' + line + "\n")
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=f"d.jsonl: line 2 {message}"):
         preprocess([tmp_path / "d.jsonl"], tmp_path / "set", job)
     assert not (tmp_path / "set.bin").exists()
 
@@ -160,13 +192,35 @@ def test_what_makes_no_sense(job: Job, source: Path, tmp_path: Path) -> None:
         (tmp_path / "none.jsonl", tmp_path / "set", "is not there"),
         (tmp_path / "empty", tmp_path / "set", "has no file that ends in"),
         (tmp_path / "d.txt", tmp_path / "set", "ends in none of"),
-        (source, tmp_path / "no" / "set", "is no folder"),
     ]:
         with pytest.raises(UsageError, match=message):
             preprocess([inputs], prefix, job)
     preprocess([source], tmp_path / "set", job)
     with pytest.raises(UsageError, match="say --overwrite"):
         preprocess([source], tmp_path / "set", job)
+
+
+def test_no_document(job: Job, tmp_path: Path, invoke: Any) -> None:
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "b.jsonl").write_text('\n{"text": ""}\n\n')
+    tokenizer = job.files["tokenizer.json"].parent
+    for names in (["a"], ["b"], ["a", "b"]):
+        paths = [tmp_path / f"{name}.jsonl" for name in names]
+        inputs = [word for path in paths for word in ("--input", path)]
+        command = ["data", "preprocess", *inputs, "--output-prefix", tmp_path / "set"]
+        done = invoke(*command, "--tokenizer", tokenizer, "--workers", 1)
+        assert (done.returncode, done.stdout) == (1, "")
+        told = ", ".join(map(str, paths))
+        assert f"error: {told}: no document in it has any text; name" in done.stderr
+        assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "b.jsonl"}
+
+
+def test_folders_are_made(job: Job, source: Path, expected: Any, tmp_path: Path) -> None:
+    preprocess([source], tmp_path / "new" / "deep" / "set", job)
+    assert made(tmp_path / "new" / "deep" / "set") == expected
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"set\.parts"):
+        preprocess([source], tmp_path / "file" / "set", job)
 
 
 def test_command(job: Job, source: Path, tmp_path: Path, invoke: Any) -> None:

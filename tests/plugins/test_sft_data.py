@@ -577,7 +577,7 @@ def test_command_refuses(source: Path, tmp_path: Path, invoke: Any) -> None:
         ([*base, "--sequence-length", 50], 2, "name a tokenizer"),
         ([*good, "--input", tmp_path / "gone.jsonl"], 2, "gone.jsonl: is not there"),
         ([*good, "--output", tmp_path / "folder"], 2, "is a folder; name a file"),
-        ([*good, "--output", tmp_path / "no" / "x"], 2, "no: is no folder; make it first"),
+        ([*good, "--output", source / "x"], 1, "x.parquet.parts: Not a directory; check the path"),
         ([*good, "--pad-to-multiple", 7], 2, "50 is no multiple of 7"),
         ([*good, "--form", "chat", "--conversation-date", "today"], 2, "'today' is no date"),
         ([*good, "--prompt-key", "q"], 1, "line 1 has no field 'q', only 'prompt', 'completion'"),

@@ -26,7 +26,7 @@ def claim(parts: Path, plan: str, last: str) -> None:
     """Go on with what an earlier run left, if it is of the same inputs and options.
 
     Args:
-        parts: the folder; made, if it is not there.
+        parts: the folder; made, with those it is in, if it is not there.
         plan: says all that decides the parts.
         last: suffix of the file that a part has once it is whole.
 
@@ -42,7 +42,7 @@ def claim(parts: Path, plan: str, last: str) -> None:
         )
     if not same:
         shutil.rmtree(parts, ignore_errors=True)
-        parts.mkdir()
+        parts.mkdir(parents=True)
         note.write_text(plan)
 
 

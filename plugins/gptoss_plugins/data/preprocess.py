@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 from xxhash import xxh3_128
 
 from gptoss_convert.blockio import sync_folder
-from gptoss_convert.errors import UsageError
+from gptoss_convert.errors import CheckpointError, UsageError
 from gptoss_plugins.data.parts import claim, make_parts, part_file
-from gptoss_plugins.data.units import documents, find_files, units_of
+from gptoss_plugins.data.records import documents
+from gptoss_plugins.data.units import find_files, units_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -73,19 +74,22 @@ def preprocess(
 
     Raises:
         UsageError: the inputs or the target make no sense.
-        CheckpointError: a document is damaged; what was finished is kept.
+        CheckpointError: a document is damaged (what was finished is kept), or there is none.
 
     """
     target = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     if not overwrite and any(path.exists() for path in target):
         raise UsageError(f"{prefix}: is there already; say --overwrite, or name another prefix")
-    if not prefix.parent.is_dir():
-        raise UsageError(f"{prefix.parent}: is no folder; make it first")
     files = find_files(inputs)
     units = [unit for path in files for unit in units_of(path)]
     parts = Path(f"{prefix}.parts")
     claim(parts, _plan(units, job), LAST)
     make_parts(make_part, parts, units, job, LAST, workers=workers, progress=progress)
+    if not any(part_file(parts, n, ".bin").stat().st_size for n in range(len(units))):
+        shutil.rmtree(parts)
+        raise CheckpointError(
+            f"{', '.join(map(str, inputs))}: no document in it has any text; name files that have some"
+        )
     found = _join(parts, len(units), target)
     shutil.rmtree(parts)
     return {

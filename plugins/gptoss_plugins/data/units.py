@@ -6,7 +6,7 @@ only be read from its start; a Parquet file has a unit for each row group.
 
 from __future__ import annotations
 
-import json
+import io
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
@@ -89,39 +89,6 @@ def units_of(path: Path) -> list[Unit]:
     return [Unit(path, start, stop, stop - start) for start, stop in pairs if start < stop]
 
 
-def documents(unit: Unit, key: str) -> Iterator[str]:
-    """The texts of a unit, in order; empty ones too.
-
-    Args:
-        unit: of a file.
-        key: the field, or column, that has the text.
-
-    Raises:
-        CheckpointError: a line is no JSON object with a text under ``key``.
-        ConfigError: the package that reads such files is not installed.
-
-    """
-    if unit.path.suffix in PARQUET:
-        yield from _rows(unit, key)
-        return
-    for place, line in lines_of(unit):
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(
-                f"{unit.path}: is no JSON at byte {place} ({error}); mend or remove that line"
-            ) from None
-        text = found.get(key) if isinstance(found, dict) else None
-        if not isinstance(text, str):
-            raise CheckpointError(
-                f"{unit.path}: the line at byte {place} has no text under {key!r}; name the field with "
-                f"--json-key"
-            )
-        yield text
-
-
 def lines_of(unit: Unit) -> Iterator[tuple[int, bytes]]:
     """Each line and where it begins, in bytes of the file as it was before it was compressed."""
     with open(unit.path, "rb") as raw:
@@ -142,24 +109,21 @@ def lines_of(unit: Unit) -> Iterator[tuple[int, bytes]]:
 def _line(file: Any, path: Path) -> bytes:
     try:
         line: bytes = file.readline(LONGEST_LINE)
-    except Exception as error:  # zstandard has errors of its own
-        raise CheckpointError(f"{path}: cannot be decompressed ({error}); fetch it again") from None
+    except OSError as error:
+        if "Truncated" in str(error):
+            raise CheckpointError(f"{path}: is cut off; fetch it again") from None
+        raise CheckpointError(f"{path}: cannot be read ({error}); fetch it again") from None
     if len(line) == LONGEST_LINE:
         raise CheckpointError(f"{path}: has a line of more than {LONGEST_LINE} bytes; is it JSONL?")
     return line
 
 
 def _decompressed(raw: Any, path: Path) -> Any:
-    if not find_spec("zstandard"):
-        raise ConfigError(
-            f"{path}: needs zstandard, which is not installed: pip install 'gptoss-convert[data]'"
-        )
-    import io
+    """All frames, by pyarrow, which unlike zstandard's reader tells the end from a cut."""
+    _require_pyarrow(path)
+    import pyarrow
 
-    import zstandard
-
-    reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-    return io.BufferedReader(reader, 1 << 20)
+    return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), 1 << 20)
 
 
 def parquet_file(path: Path) -> Any:
@@ -170,10 +134,7 @@ def parquet_file(path: Path) -> Any:
         CheckpointError: it is no Parquet file.
 
     """
-    if not find_spec("pyarrow"):
-        raise ConfigError(
-            f"{path}: needs pyarrow, which is not installed: pip install 'gptoss-convert[data]'"
-        )
+    _require_pyarrow(path)
     from pyarrow import parquet
 
     try:
@@ -182,16 +143,35 @@ def parquet_file(path: Path) -> Any:
         raise CheckpointError(f"{path}: is no Parquet file ({error}); fetch it again") from None
 
 
-def rows_of(unit: Unit) -> Iterator[tuple[int, dict[str, Any]]]:
+def _require_pyarrow(path: Path) -> None:
+    if not find_spec("pyarrow"):
+        raise ConfigError(
+            f"{path}: needs pyarrow, which is not installed: pip install 'gptoss-convert[data]'"
+        )
+
+
+def rows_of(unit: Unit, *columns: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a Parquet file's unit, and each one's number in the file.
 
+    Args:
+        unit: of the file.
+        columns: what to read; everything, if none is named.
+
     Raises:
-        CheckpointError: the file is damaged.
+        CheckpointError: the file is damaged, or lacks a column.
 
     """
     file = parquet_file(unit.path)
+    names = file.schema_arrow.names
+    if missing := [name for name in columns if name not in names]:
+        raise CheckpointError(
+            f"{unit.path}: has no column {missing[0]!r}, only {', '.join(names)}; name one with "
+            f"--json-key"
+        )
     number = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
-    batches = file.iter_batches(1024, row_groups=[*range(unit.start, unit.stop)])
+    batches = file.iter_batches(
+        1024, row_groups=[*range(unit.start, unit.stop)], columns=columns or None
+    )
     while True:
         try:
             rows = next(batches).to_pylist()
@@ -204,19 +184,3 @@ def rows_of(unit: Unit) -> Iterator[tuple[int, dict[str, Any]]]:
         for row in rows:
             yield number, row
             number += 1
-
-
-def _rows(unit: Unit, key: str) -> Iterator[str]:
-    file = parquet_file(unit.path)
-    if key not in file.schema_arrow.names:
-        raise CheckpointError(
-            f"{unit.path}: has no column {key!r}, only {', '.join(file.schema_arrow.names)}; name one "
-            f"with --json-key"
-        )
-    for number in range(unit.start, unit.stop):
-        for text in file.read_row_group(number, columns=[key]).column(0).to_pylist():
-            if not isinstance(text, str):
-                raise CheckpointError(
-                    f"{unit.path}: row group {number} has a row without text under {key!r}"
-                )
-            yield text

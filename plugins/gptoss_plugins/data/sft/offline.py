@@ -55,8 +55,6 @@ def pack_files(
         raise UsageError(f"{output}: is a folder; name a file")
     if output.exists() and not overwrite:
         raise UsageError(f"{output}: is there already; say --overwrite, or name another file")
-    if not output.parent.is_dir():
-        raise UsageError(f"{output.parent}: is no folder; make it first")
     files = find_files(inputs)
     if output.resolve() in [path.resolve() for path in files]:
         raise UsageError(f"{output}: is one of the inputs; name another file")

@@ -1,18 +1,12 @@
-"""Records of files, each with the place to name when it is bad."""
+"""What is wrong with a record, and its texts."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from gptoss_convert.errors import CheckpointError
-from gptoss_plugins.data.units import PARQUET, lines_of, rows_of
-
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from gptoss_plugins.data.units import Unit
+    from collections.abc import Mapping
 
 _MOST_NAMES = 12
 
@@ -22,45 +16,6 @@ class BadRecordError(ValueError):
 
     The sentence goes on from where the record stands: ``has no 'prompt'; ...``.
     """
-
-
-def records_in(unit: Unit) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each record of a unit, and where it stands, for :func:`place_of`; empty lines are none.
-
-    Raises:
-        CheckpointError: a line is no JSON object.
-        ConfigError: the package that reads such files is not installed.
-
-    """
-    if unit.path.suffix in PARQUET:
-        yield from rows_of(unit)
-        return
-    for place, line in lines_of(unit):
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(
-                f"{place_of(unit, place)} is no JSON ({error}); mend or remove that line"
-            ) from None
-        if not isinstance(found, dict):
-            raise CheckpointError(
-                f"{place_of(unit, place)} is no JSON object; write one with a field for each part"
-            )
-        yield place, found
-
-
-def place_of(unit: Unit, place: int) -> str:
-    """``FILE: line 12``, or ``FILE: row 11`` of Parquet, whose rows are counted from 0.
-
-    Lines are counted only now, as units begin in the middle of files.
-    """
-    if unit.path.suffix in PARQUET:
-        return f"{unit.path}: row {place}"
-    whole = replace(unit, start=0)
-    number = sum(1 for start, _ in lines_of(whole) if start <= place)
-    return f"{unit.path}: line {number}"
 
 
 def text_under(key: str, record: Mapping[str, Any], *, may_be_empty: bool = True) -> str:

@@ -10,7 +10,8 @@ import numpy as np
 
 from gptoss_convert.errors import CheckpointError
 from gptoss_plugins.data.parts import part_file
-from gptoss_plugins.data.sft.records import BadRecordError, place_of, records_in
+from gptoss_plugins.data.records import place_of, records_in
+from gptoss_plugins.data.sft.records import BadRecordError
 from gptoss_plugins.data.sft.samples import Sample, encode, pieces_in
 
 if TYPE_CHECKING:
