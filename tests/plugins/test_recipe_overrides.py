@@ -60,6 +60,7 @@ MXFP8 = MixedPrecisionConfig(
         ("dataset.blend=[[/a/b,c],null]", "dataset.blend", (("/a/b", "c"), None)),
         ("dataset.blend=[[a,b],[0.3,1e-1]]", "dataset.blend", (("a", "b"), (0.3, 0.1))),
         ("dataset.blend=[a,b]", "dataset.blend", (("a", "b"), None)),
+        ("dataset.blend=data/a", "dataset.blend", (("data/a",), None)),
         ("mixed_precision=bf16-with-mxfp8-mixed", "mixed_precision", MXFP8),
         ("peft=lora", "peft.dim", 32),
     ],

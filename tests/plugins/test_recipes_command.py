@@ -100,6 +100,11 @@ def test_one_recipe_as_json() -> None:
     [
         (["tiny_pretrian"], "there is no such recipe; did you mean tiny_pretrain_config?"),
         (["gpt_oss_20b_prtrain_config"], "did you mean gpt_oss_20b_pretrain_config?"),
+        (
+            ["tiny"],
+            "did you mean tiny_peft_config, tiny_pretrain_config or tiny_sft_config?",
+        ),
+        (["gpt_oss_20b_fine"], "did you mean gpt_oss_20b_finetune_config?"),
         (["qwen"], "qwen: there is no such recipe; `gptoss-convert recipes` lists them"),
         (["train.train_iters=5"], "say before it which recipe it is to change"),
         (["tiny_sft", "train.trian_iters=5"], "did you mean train.train_iters?"),

@@ -87,7 +87,7 @@ def find(recipes: Mapping[str, Recipe], name: str, kind: str | None = None) -> R
     """A recipe by its name, or by the part of it that tells it from others: of a kind, its size.
 
     Raises:
-        UsageError: there is none, with the closest.
+        UsageError: there is none; with those that begin so, or else the closest.
 
     """
     for stem in (name, f"{name}_{kind}") if kind else (name,):
@@ -95,8 +95,11 @@ def find(recipes: Mapping[str, Recipe], name: str, kind: str | None = None) -> R
             if one in recipes:
                 return recipes[one]
     short = {_core(one): one for one in recipes}
-    near = difflib.get_close_matches(_core(name), short, 1)
-    hint = f"did you mean {short[near[0]]}? " if near else ""
+    core = _core(name)
+    near = [one for one in short if core and one.startswith(core)]
+    near = near or difflib.get_close_matches(core, short, 1)
+    *others, last = sorted(short[one] for one in near) or [""]
+    hint = f"did you mean {', '.join(others)}{' or ' if others else ''}{last}? " if last else ""
     raise UsageError(f"{name}: there is no such recipe; {hint}`gptoss-convert recipes` lists them")
 
 

@@ -14,7 +14,7 @@ class PretrainDataset:
         kind: says which of the two this is.
         sequence_length: tokens of a sample; the same as ``model.seq_length``.
         blend: prefixes of ``.bin``/``.idx`` files and their weights, ``[[a,b],[0.3,0.7]]``; null for
-            weights by size; a plain list of prefixes will do. null as a whole: random tokens.
+            weights by size; a plain list of prefixes, or one, will do. null as a whole: random tokens.
         split: weights of training, validation and test data.
         path_to_cache: folder for the indices; null for one beside the data.
         random_seed: of the order.

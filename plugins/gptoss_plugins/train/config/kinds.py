@@ -48,7 +48,9 @@ class Form:
 
 
 def _whole_blend(value: Any) -> Any:
-    """``[path, ...]`` -> ``[[path, ...], null]``."""
+    """``path`` or ``[path, ...]`` -> ``[[path, ...], null]``."""
+    if isinstance(value, str):
+        return [[value], None]
     if isinstance(value, list | tuple) and value and all(isinstance(v, str) for v in value):
         return [value, None]
     return value

@@ -1,6 +1,7 @@
 """Recipes of a model of 270,000 parameters: minutes on a CPU, in float32.
 
-megatron-core's distributed optimizer and clipping ask for CUDA tensors, so both are off.
+The distributed optimizer and clipping are off, so that a step is the one of plain AdamW; both can be
+turned on.
 """
 
 from __future__ import annotations
