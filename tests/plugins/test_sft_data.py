@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -219,6 +220,33 @@ def test_a_file_that_was_packed_before(config: SftDataset, tokenizer: Tokenizer)
         sft_datasets(config, load_tokenizer(files, "tiny"))
 
 
+def test_a_file_that_was_packed_in_another_form(config: SftDataset, tokenizer: Tokenizer) -> None:
+    root = Path(str(config.dataset_root))
+    named = [{"q": r["prompt"], "completion": r["completion"]} for r in RECORDS]
+    source = support.write_lines(root / "named.jsonl", named)
+    target = root / "named.parquet"
+    job = Job(Form(prompt_key="q", loss_channels=("analysis", "final")), tokenizer)
+    pack_files([source], target, Shape(LENGTH), job)
+    packed = replace(config, dataset_root=str(target))
+    wanted = sorted(map(by_hand, RECORDS))
+    for right in ({}, {"prompt_key": "q"}, {"loss_channels": ("analysis", "final")}):
+        assert samples_of(sft_datasets(replace(packed, **right), tokenizer)[0]) == wanted
+    for wrong, message in [
+        (
+            {"form": "chat"},
+            "form prompt_completion, where dataset.form is chat; pack the data again",
+        ),
+        (
+            {"prompt_key": "x"},
+            "prompt_key q, where dataset.prompt_key is x; .* dataset.prompt_key=q$",
+        ),
+        ({"loss_channels": ("final",)}, r"loss_channels \[analysis,final\], where .* is \[final\]"),
+        ({"conversation_date": "2025-08-05"}, "conversation_date null, where .* is 2025-08-05"),
+    ]:
+        with pytest.raises(CheckpointError, match=f"named.parquet: was packed with {message}"):
+            sft_datasets(replace(packed, **wrong), tokenizer)
+
+
 def test_made_once(
     config: SftDataset, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
@@ -272,9 +300,11 @@ def test_too_long(
         f"{80 - len(short)} of 80 samples are longer than the sequence length 20 and left out; the "
         f"longest takes {longest}"
     ) in caplog.text
-    with pytest.raises(
-        CheckpointError, match="all 80 samples are longer than the sequence length 3"
-    ):
+    told = (
+        "all 80 samples are longer than the sequence length 3, the shortest takes 4; say "
+        "--sequence-length 4 or more (in a recipe dataset.sequence_length and model.seq_length)"
+    )
+    with pytest.raises(CheckpointError, match=re.escape(told)):
         sft_datasets(replace(config, sequence_length=3), tokenizer)
 
 
@@ -293,7 +323,7 @@ def test_one_side_is_too_long(
         except CheckpointError as error:
             outcomes.append(str(error).partition("; ")[0])
     outcomes.sort(key=lambda one: isinstance(one, str))
-    told = f"{path}: all 1 samples are longer than the sequence length 50"
+    told = f"{path}: all 1 samples are longer than the sequence length 50, the shortest takes 91"
     assert outcomes == [([by_hand(records[1])], None), told]
     assert "all samples kept for validation are too long" in caplog.text
 
@@ -505,7 +535,7 @@ def test_bad_places(config: SftDataset, tokenizer: Tokenizer, tmp_path: Path) ->
         ),
         ("none", UsageError, "has no training.jsonl or training.parquet, only nothing"),
         ("x.txt", UsageError, "ends in none of .parquet, .jsonl, .json, .jsonl.zst"),
-        ("empty.jsonl", CheckpointError, "has no record; write one a line"),
+        ("empty.jsonl", CheckpointError, "no record in it; write one a line"),
     ]:
         with pytest.raises(error, match=message):
             sft_datasets(replace(config, dataset_root=str(tmp_path / root)), tokenizer)
@@ -585,7 +615,7 @@ def test_command_refuses(source: Path, tmp_path: Path, invoke: Any) -> None:
         (
             [*good, "--sequence-length", 2],
             1,
-            "all 80 samples are longer than the sequence length 2",
+            "all 80 samples are longer than the sequence length 2, the shortest takes 4; say --seq",
         ),
     ]:
         done = invoke(*command)

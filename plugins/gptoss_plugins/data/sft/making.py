@@ -79,7 +79,7 @@ def tokenize(
     make_parts(make_part, parts, units, job, LAST, workers=workers, progress=progress)
     samples = Samples(parts, len(units))
     if not samples.records:
-        raise CheckpointError(f"{files[0]}: has no record; write one a line")
+        raise CheckpointError(f"{', '.join(map(str, files))}: no record in it; write one a line")
     if not len(samples.lengths):
         raise CheckpointError(
             f"{files[0]}: has {samples.records} records, and nothing in them is learned; choose other "
@@ -117,9 +117,11 @@ def pack(
     places = samples.lengths[chosen] - 1  # the last token is a label only
     fits = places <= shape.sequence_length
     if not fits.any():
+        least = -(-places.min() // shape.pad_to_multiple) * shape.pad_to_multiple
         raise CheckpointError(
             f"{name}: all {len(chosen)} samples are longer than the sequence length "
-            f"{shape.sequence_length}; the shortest takes {places.min()}"
+            f"{shape.sequence_length}, the shortest takes {least}; say --sequence-length {least} or more "
+            f"(in a recipe dataset.sequence_length and model.seq_length)"
         )
     if dropped := int((~fits).sum()):
         log.warning(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gptoss_convert.errors import CheckpointError, UsageError
 from gptoss_plugins.data.sft.cached import cached_packs
 from gptoss_plugins.data.sft.dataset import SftRows
+from gptoss_plugins.data.sft.form import Form
 from gptoss_plugins.data.sft.making import padding_of
 from gptoss_plugins.data.sft.reading import PackedFile, is_packed
 from gptoss_plugins.data.sft.sources import source_of
@@ -82,7 +83,7 @@ def _opened(path: Path, config: SftDataset, tokenizer: Tokenizer) -> PackedFile:
     """A file that fits the run.
 
     Raises:
-        CheckpointError: it was made for another tokenizer or another length, or has nothing.
+        CheckpointError: it was made for another tokenizer, length or form, or has nothing.
 
     """
     file = PackedFile(path, len(tokenizer))
@@ -107,4 +108,29 @@ def _opened(path: Path, config: SftDataset, tokenizer: Tokenizer) -> PackedFile:
             f"{path}: its samples are padded to multiples of {multiple}, where "
             f"dataset.pad_seq_to_mult is {config.pad_seq_to_mult}; pack the data again"
         )
+    _require_form(file, config)
     return file
+
+
+def _require_form(file: PackedFile, config: SftDataset) -> None:
+    """Refuse a form that is asked for and is not the file's; what is left at its default asks for none."""
+    packed = file.facts.get("form")
+    if not isinstance(packed, dict):
+        return
+    for field in dataclasses.fields(Form):
+        if field.name == "preset" or field.name not in packed:
+            continue
+        asked, found = _word(getattr(config, field.name)), _word(packed[field.name])
+        if asked not in (found, _word(field.default)):
+            name = f"dataset.{field.name}"
+            raise CheckpointError(
+                f"{file.path}: was packed with {field.name} {found}, where {name} is {asked}; pack the "
+                f"data again, or say {name}={found}"
+            )
+
+
+def _word(value: Any) -> str:
+    """A value as an override has it."""
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(str, value))}]"
+    return "null" if value is None else str(value)
