@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _OTHERS = "SIGINT,SIGHUP,SIGQUIT"  # on which torchrun ends its ranks as it likes
 _ALONE = ("1", "1:1")
-_TOGETHER = 5  # seconds for other nodes to fail for the same reason, before srun ends them all
+_TOGETHER = 10  # seconds for other nodes to fail for the same reason, before srun ends them all
 _LEVEL = "TORCH_CPP_LOG_LEVEL"
 _SIGNAL = 128  # an exit code above it is a signal's number, as shells have it
 _PARENT = 1  # field of /proc/PID/stat behind the name, counted from the state
