@@ -88,17 +88,16 @@ start() { # DIR NODES
 }
 
 stop() { # DIR
-    local dir=$1 file pid
+    local dir=$1 environment
     export SLURM_CONF=$dir/slurm.conf
-    scancel --full --signal=KILL --user="$(id -un)" 2>/dev/null || true
     scancel --user="$(id -un)" 2>/dev/null || true
     sleep 1
-    for file in "$dir"/slurmd.*.pid "$dir/slurmctld.pid" "$dir/munged.pid"; do
-        if [[ -s $file ]]; then
-            pid=$(<"$file")
-            kill "$pid" 2>/dev/null || true
+    for environment in /proc/[0-9]*/environ; do # the daemons, and all that they started
+        if grep -qzxF "SLURM_CONF=$SLURM_CONF" "$environment" 2>/dev/null; then
+            kill -KILL "$(basename "$(dirname "$environment")")" 2>/dev/null || true
         fi
     done
+    if [[ -s $dir/munged.pid ]]; then kill "$(<"$dir/munged.pid")" 2>/dev/null || true; fi
     grep -vF "# $dir" /etc/hosts >"$dir/hosts" || true
     cat "$dir/hosts" >/etc/hosts # in place: a container's is a mount
 }
