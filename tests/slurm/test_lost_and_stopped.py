@@ -94,9 +94,10 @@ def test_scancel_saves_and_the_next_job_goes_on(
 def test_near_the_time_limit_a_job_starts_again(
     cluster: Cluster, run: Path, undisturbed: dict[int, float]
 ) -> None:
-    job = cluster.launch(*PLACE, "--requeue", "--time", "20", *words(run))["job"]
+    launched = cluster.launch(*PLACE, "--requeue", "--time", "20", *words(run))
+    assert "--signal=B:USR1@300" in launched["script"]
+    job = launched["job"]
     cluster.until(lambda: len(losses(run)) >= 2, job)
-    assert "--signal=B:USR1@300" in Path(cluster.facts(job)["Command"]).read_text()
     told = cluster.run("scancel", "--batch", "--signal=USR1", job)  # as Slurm does then
     assert told.returncode == 0, told.stderr
     log = cluster.completed(job)
