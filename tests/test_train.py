@@ -84,6 +84,7 @@ def words(data: Path, *more: str) -> list[str]:
         *("train", "--recipe", "tiny_pretrain_config", "--device", "cpu", "--json"),
         *(f"dataset.blend=[{data}]", f"dataset.path_to_cache={cache}", "logger.log_interval=1"),
         *(f"train.train_iters={STEPS}", "scheduler.lr_warmup_iters=3", "train.eval_iters=0"),
+        "logger.tensorboard_dir=null",
         *more,
     ]
 

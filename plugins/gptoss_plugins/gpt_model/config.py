@@ -135,6 +135,7 @@ class GptOssConfig(TransformerConfig):  # type: ignore[misc]  # megatron-core is
     yarn_mscale: float | None = None
     yarn_mscale_all_dim: float | None = None
     yarn_correction_range_round_to_int: bool = True
+    recompute_activation: bool = False  # of the experts; moe_act is for Transformer Engine's
 
 
 def make_config(

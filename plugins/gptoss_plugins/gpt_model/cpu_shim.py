@@ -82,8 +82,8 @@ _ANSWERS: dict[str, Any] = {
     "default_stream": _Idle,
     "stream": lambda _: contextlib.nullcontext(),
     "set_stream": lambda _: None,
-    "get_rng_state": lambda *_: torch.get_rng_state(),
-    "set_rng_state": lambda state, *_: torch.set_rng_state(state),
+    "get_rng_state": lambda *_, **__: torch.get_rng_state(),
+    "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
     "manual_seed": torch.manual_seed,
     "memory_allocated": lambda *_: 0,
     "max_memory_allocated": lambda *_: 0,
@@ -102,6 +102,8 @@ def cuda_means_cpu(*, factories: bool = True) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, answer in _ANSWERS.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+        for name in ("get_rng_state", "set_rng_state"):  # by its own module, to recompute layers
+            stack.enter_context(mock.patch.object(torch.cuda.random, name, _ANSWERS[name]))
         if factories:
             stack.enter_context(_CpuForCuda())
         yield

@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
-from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel import (
+    CheckpointWithoutOutput,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
@@ -164,8 +167,17 @@ class GroupedExperts(MegatronModule):  # type: ignore[misc]  # megatron-core is 
             self.load = tokens_per_expert + (0 if self.load is None else self.load)
         counts = tokens_per_expert.to(x.device)
         first, second = self.linear_fc1, self.linear_fc2
-        inner = grouped.gated(first(x, counts), first.bias, counts, self.activation)
-        return grouped.weighed(second(inner, counts), second.bias, counts, probs), None
+        gate_up = first(x, counts)
+        if not (self.training and self.config.recompute_activation):
+            inner = grouped.gated(gate_up, first.bias, counts, self.activation)
+            return grouped.weighed(second(inner, counts), second.bias, counts, probs), None
+        kept = CheckpointWithoutOutput(fp8=None)
+        inner = kept.checkpoint(
+            lambda rows: grouped.gated(rows, first.bias, counts, self.activation), gate_up
+        )
+        made = second(inner, counts)
+        kept.discard_output_and_register_recompute(made)
+        return grouped.weighed(made, second.bias, counts, probs), None
 
     @property
     def activation(self) -> Activation:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gptoss_plugins.train.config import SftDataset, TrainingConfig
 
 _KEEP = "checkpoint.most_recent_k"
+_MOST_SAMPLES = 1 << 36
 
 
 class RecipeError(PlanError, UsageError):
@@ -43,6 +44,11 @@ def check(config: TrainingConfig, world_size: int | None = None) -> Iterator[str
     yield from _gradients(config)
     yield from _formats(config)
     yield from _data(config)
+    if (samples := config.train.train_iters * config.train.global_batch_size) > _MOST_SAMPLES:
+        yield (
+            f"train.train_iters {config.train.train_iters:.0e} makes {samples:.0e} samples, more than any "
+            f"run takes; say train.train_iters={_MOST_SAMPLES // config.train.global_batch_size}"
+        )
     if config.checkpoint.most_recent_k == 0:
         yield f"{_KEEP} 0 keeps no checkpoint; say {_KEEP}=1, or {_KEEP}=-1 for all"
 
@@ -75,6 +81,11 @@ def _recomputation(config: TrainingConfig) -> Iterator[str]:
     for field in ("method", "num_layers"):
         if getattr(model, f"recompute_{field}") is not None:
             yield f"{name}_{field} is for {name}_granularity full; say {name}_{field}=null"
+    if "layernorm" in (model.recompute_modules or ()):
+        yield (
+            f"{name}_modules layernorm: megatron-core 0.16 recomputes norms with Transformer Engine "
+            f"only; leave it out"
+        )
     if model.recompute_modules is not None and model.recompute_granularity is None:
         yield f"{name}_modules is for {name}_granularity selective; say {name}_granularity=selective"
 
@@ -117,7 +128,19 @@ def _schedule(config: TrainingConfig) -> Iterator[str]:
 
 
 def _gradients(config: TrainingConfig) -> Iterator[str]:
-    ddp = config.ddp
+    ddp, own = config.ddp, config.optimizer
+    if own.optimizer != "adam" and own.use_distributed_optimizer:
+        yield (
+            f"optimizer.optimizer {own.optimizer} does not go with the distributed optimizer; say "
+            f"optimizer.use_distributed_optimizer=false"
+        )
+    for moment in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+        is_there = own.optimizer == "adam" and own.use_distributed_optimizer
+        if getattr(own, moment) != "fp32" and not is_there:
+            yield (
+                f"optimizer.{moment} {getattr(own, moment)} is for adam with the distributed "
+                f"optimizer; say optimizer.{moment}=fp32"
+            )
     if ddp.average_in_collective and config.model.calculate_per_token_loss:
         yield (
             "ddp.average_in_collective does not go with model.calculate_per_token_loss; say "

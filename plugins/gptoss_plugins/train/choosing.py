@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from gptoss_convert.errors import UsageError, blame
 from gptoss_plugins.train.files import from_yaml
+from gptoss_plugins.train.names import ALIASES
 from gptoss_plugins.train.overrides import override, split
 from gptoss_plugins.train.plain import from_plain
 
@@ -49,6 +50,7 @@ def chosen(
         config = override(from_yaml(file), words)
     else:
         config = _of_recipe(recipes, str(name), words, kind)
+    config = _following(config, words)
     found = "peft" if config.peft is not None else config.dataset.kind
     if kind not in (None, found):
         raise UsageError(f"{name or file}: is for {found}; say {found} in place of {kind}")
@@ -65,6 +67,22 @@ def _of_recipe(
     arguments = dict(pair for pair in pairs.values() if pair[0] in takes)
     rest = [word for word, pair in pairs.items() if pair[0] not in takes]
     return override(config_of(recipe, **arguments), rest)
+
+
+def _following(config: TrainingConfig, words: Sequence[str]) -> TrainingConfig:
+    """Fields that mean another one with them, unless that is set itself.
+
+    A run that is killed and started again by the same words goes on; tensor parallelism and sequence
+    parallelism come together.
+    """
+    keys = {ALIASES.get(key, key) for key, _ in map(split, words)}
+    if "checkpoint.save" in keys and "checkpoint.load" not in keys:
+        config = config.having(checkpoint={"load": config.checkpoint.save})
+    parallel = "model.tensor_model_parallel_size"
+    if parallel in keys and "model.sequence_parallel" not in keys:
+        several = config.model.tensor_model_parallel_size > 1
+        config = config.having(model={"sequence_parallel": several})
+    return config
 
 
 def config_of(recipe: Recipe, **arguments: object) -> TrainingConfig:

@@ -127,8 +127,11 @@ def _train(
         )
     else:
         where = f", saved in {config.checkpoint.save}" if config.checkpoint.save else ""
-        how = "stopped after" if stopped else "trained"
-        click.echo(f"{how} {progress.step} of {config.train.train_iters} steps{where}")
+        steps = f"{progress.step} of {config.train.train_iters} steps"
+        if telling.told[0]["step"] >= config.train.train_iters:
+            click.echo(f"nothing to do: {config.checkpoint.load} has {steps} already")
+        else:
+            click.echo(f"{'stopped after' if stopped else 'trained'} {steps}{where}")
 
 
 def _require_base(config: TrainingConfig) -> None:

@@ -33,6 +33,8 @@ def size_problems(model: ModelConfig) -> Iterator[str]:
             f"model.kv_channels {sizes['head_dim']} is odd, and positions turn pairs; say "
             f"model.kv_channels={sizes['head_dim'] + 1}"
         )
+    if sizes["num_experts_per_tok"] == 1:
+        yield "model.moe_router_topk 1 leaves the router nothing to weigh; say model.moe_router_topk=2"
     if (chosen := sizes["num_experts_per_tok"]) > (experts := sizes["num_local_experts"]):
         yield (
             f"model.moe_router_topk {chosen} is more than the model's {experts} experts; say "

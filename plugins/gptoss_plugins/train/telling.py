@@ -85,6 +85,14 @@ class Terminal:
     def tell(self, line: Line) -> None:
         """One line."""
         at = f"step {line['step']:>6}/{self._steps}"
+        if "starts_from" in line:
+            source = line["starts_from"]
+            what = "goes on from" if line["step"] else "starts with the weights of"
+            click.echo(
+                f"{at}  {what} {source}" if source else f"{at}  starts from random weights",
+                err=True,
+            )
+            return
         if "validation_loss" in line:
             click.echo(f"{at}  validation loss {line['validation_loss']:.4f}", err=True)
             return
@@ -156,8 +164,9 @@ class WandB:
 
     def tell(self, line: Line) -> None:
         """One line."""
-        self._run.log(_figures(line), step=line["step"])
+        if figures := _figures(line):
+            self._run.log(figures, step=line["step"])
 
 
 def _figures(line: Line) -> Line:
-    return {name: v for name, v in line.items() if name != "step" and v is not None}
+    return {k: v for k, v in line.items() if k != "step" and isinstance(v, int | float)}

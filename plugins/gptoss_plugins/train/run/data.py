@@ -152,6 +152,10 @@ class _Checked(Dataset[Any]):
             return self._sample(number)
         except ConvertError as error:
             return error
+        except (OSError, ValueError, IndexError, RuntimeError) as error:
+            return CheckpointError(
+                f"sample {number} of the data cannot be read ({error}); prepare the data again"
+            )
 
     def _sample(self, number: int) -> dict[str, Tensor]:
         sample = self._dataset[number]

@@ -8,6 +8,7 @@ import math
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,7 @@ from gptoss_plugins.train.run.trainee import build_trainee, rates
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from gptoss_convert.logical import Logical
     from gptoss_convert.registry import Registry
     from gptoss_plugins.train.config import TrainingConfig
     from gptoss_plugins.train.run.step import Batch, Found
@@ -67,16 +69,20 @@ def run(
         place = stack.enter_context(world_of(layout_of(config.model), device, cp=cp, seed=seed))
         stop = stack.enter_context(Stop(config.train, place))
         train, valid, files = datasets_of(config, registry)
+        if config.checkpoint.save and dist.get_rank() == 0:
+            _require_writable(Path(config.checkpoint.save))
         trainee, progress = _begin(config, registry, place)
         collecting = stack.enter_context(Collecting(config.train))
         one = _Run(config, trainee, files, tell)
         steps = Steps(train, config, place_of(place), one.fields["vocab_size"])
         held_out = valid and Steps(valid, config, place_of(place), one.fields["vocab_size"])
+        one.begin(progress)
         saved, coming = progress, steps.since(progress.samples)
         while progress.step < config.train.train_iters:
             progress = one.step(progress, coming)
-            evaluated = _is_due(config.train.eval_interval, progress) and bool(
-                held_out and config.train.eval_iters
+            ends = progress.step == config.train.train_iters
+            evaluated = config.train.eval_iters > 0 and (
+                ends or _is_due(config.train.eval_interval, progress)
             )
             if held_out and evaluated:
                 one.evaluate(progress, held_out)
@@ -89,6 +95,24 @@ def run(
         if saved != progress:
             one.save(progress)
         return progress
+
+
+def _require_writable(folder: Path) -> None:
+    """Now, and not at the first save.
+
+    Raises:
+        UsageError: nothing can be saved there.
+
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"{folder}: cannot be written ({error.strerror}); name another folder with "
+            f"checkpoint.save"
+        ) from None
 
 
 def _is_due(interval: int, progress: Progress) -> bool:
@@ -105,6 +129,8 @@ def _begin(
     where, has_adapters = config.checkpoint, config.peft is not None
     last = last_checkpoint(Path(where.load) if where.load else None, where.ckpt_step)
     start = where.pretrained_checkpoint if has_adapters or not last else None
+    if last and not has_adapters:
+        _require_same_model(open_logical(str(last), registry, Choice()), str(last), config)
     trainee = build_trainee(config, registry, place, random_weights=not (last or start))
     if start or (last and where.finetune):
         _load(start or str(last), config, registry, trainee)
@@ -118,6 +144,12 @@ def _begin(
 def _load(path: str, config: TrainingConfig, registry: Registry, trainee: Trainee) -> None:
     """The model's weights from a checkpoint of any format."""
     checkpoint = open_logical(path, registry, Choice())
+    _require_same_model(checkpoint, path, config)
+    fill(trainee.live, checkpoint)
+    trainee.take_masters()
+
+
+def _require_same_model(checkpoint: Logical, path: str, config: TrainingConfig) -> None:
     ours, theirs = megatron_fields(config.model), checkpoint.fields
     differ = sorted(k for k in ours if k in theirs and ours[k] != theirs[k])
     differ = [k for k in differ if not k.startswith("moe_router_load")]
@@ -126,8 +158,6 @@ def _load(path: str, config: TrainingConfig, registry: Registry, trainee: Traine
             f"{path}: is another model than model.size={config.model.size} "
             f"({', '.join(differ)} differ); name the right size or checkpoint"
         )
-    fill(trainee.live, checkpoint)
-    trainee.take_masters()
 
 
 class _Run:
@@ -146,6 +176,16 @@ class _Run:
         self._beside = run_config_files(config)
         self.fields = megatron_fields(config.model)
 
+    def begin(self, progress: Progress) -> None:
+        """Say where the run starts."""
+        where = self._config.checkpoint
+        if progress.step:
+            source = where.load
+        else:
+            source = where.pretrained_checkpoint or (where.load if where.finetune else None)
+        if dist.get_rank() == 0:
+            self._tell({"step": progress.step, "starts_from": source})
+
     def step(self, progress: Progress, coming: Any) -> Progress:
         """The next one, with its line of figures if one is due."""
         config, step = self._config, progress.step + 1
@@ -153,14 +193,21 @@ class _Run:
         used = rates(self._trainee)
         batches: Sequence[Batch] = next(coming)
         _seed(config.rng.seed, step)
-        found = train_step(self._trainee, batches)
+        try:
+            found = train_step(self._trainee, batches)
+        except RuntimeError as error:
+            if "local grad norm" not in str(error):  # megatron-core's check of each bucket
+                raise
+            raise UsageError(
+                f"step {step}: a gradient is NaN or infinite; lower optimizer.lr, or look at the data"
+            ) from error
         seconds = time.monotonic() - started
         if not math.isfinite(found.loss):
             raise UsageError(
                 f"step {step}: the loss is {found.loss}; lower optimizer.lr, or look at the data"
             )
         done = Progress(step, progress.samples + config.train.global_batch_size)
-        if step % config.logger.log_interval == 0 or step == 1:
+        if step % config.logger.log_interval == 0 or step in (1, config.train.train_iters):
             self._report(done, found, used, seconds)
         return done
 

@@ -8,6 +8,7 @@ checkpoint of somebody else's runs nothing of theirs.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from dataclasses import asdict, dataclass
@@ -30,12 +31,13 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from gptoss_convert.blockio import sync_folder, write_note
-from gptoss_convert.errors import CheckpointError
+from gptoss_convert.errors import CheckpointError, ResourceError
 from gptoss_convert.untrusted import read_small
 from gptoss_plugins.gpt_model.load import require_whole
 from gptoss_plugins.gpt_model.own_pickles import with_own_pickles
 from gptoss_plugins.megatron.folder import TRACKER, companion_place, folder_of, iteration_folder
 from gptoss_plugins.megatron.keys import ADAPTER
+from gptoss_plugins.train.run.failing import loading, saving
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 
 STATE = "gptoss_train_state.json"
 _MOST_STATE = 1 << 20  # bytes
+_NAME = re.compile(r"iter_\d{7,}")
 # As Megatron-LM has it: the optimizer's state under the weights' own names, for any layout to load.
 _CONTENT = {
     "singleton_local_shards": False,
@@ -115,21 +118,28 @@ def save(
             shutil.rmtree(left, ignore_errors=True)
         half.mkdir(parents=True)
     dist.barrier()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dist_checkpointing.save(
-            _state(trainee, with_optimizer=with_optimizer),
-            str(half),
-            sharded_strategy=_strategy(shared=shared),
-            content_metadata=_CONTENT,
-        )
+    try:
+        with saving(half), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dist_checkpointing.save(
+                _state(trainee, with_optimizer=with_optimizer),
+                str(half),
+                sharded_strategy=_strategy(shared=shared),
+                content_metadata=_CONTENT,
+            )
+    except (OSError, ResourceError):
+        if dist.get_rank() == 0:
+            shutil.rmtree(half, ignore_errors=True)  # the disk may be full of it
+        raise
     dist.barrier()
     if dist.get_rank() == 0:
         for name, data in files.items():
             write_note(half / companion_place(name), data)
         for name, data in beside.items():
             write_note(half / name, data)
-        state = {**asdict(progress), "scheduler": trainee.scheduler.num_steps}
+        kind = trainee.optimizer_kind if with_optimizer else None
+        steps = trainee.scheduler.num_steps
+        state = {**asdict(progress), "scheduler": steps, "optimizer": kind}
         write_note(half / STATE, json.dumps(state).encode())
         if target.exists():  # of another run, and whole until this one is
             target.rename(old)
@@ -149,19 +159,35 @@ def _strategy(*, shared: bool) -> Any:
 
 
 def _remove_old(root: Path, newest: Path, keep: int) -> None:
-    found = sorted(p for p in root.glob("iter_*") if p.is_dir() and p <= newest)
+    """Only what runs have saved: a folder of another name, or made by somebody else, is theirs."""
+    ours = (p for p in root.glob("iter_*") if _NAME.fullmatch(p.name) and (p / STATE).is_file())
+    found = sorted(p for p in ours if p <= newest)
     for path in found[:-keep] if keep > 0 else ():
         shutil.rmtree(path)
 
 
 def last_checkpoint(root: Path | None, step: int | None = None) -> Path | None:
-    """The checkpoint to go on from; None if there is none."""
-    if root is None or not root.is_dir():
+    """The checkpoint to go on from; None if there is none yet.
+
+    Raises:
+        CheckpointError: what is named is something else.
+
+    """
+    if root is None:
         return None
-    found = root / folder_of(step) if step is not None else iteration_folder(root)
-    if step is not None and not (found and found.is_dir()):
-        raise CheckpointError(f"{found}: is not there; checkpoint.ckpt_step names no checkpoint")
-    return found
+    if step is not None:
+        found = root / folder_of(step)
+        if not found.is_dir():
+            raise CheckpointError(
+                f"{found}: is not there; checkpoint.ckpt_step names no checkpoint"
+            )
+        return found
+    if root.exists() and (not root.is_dir() or (root / "config.json").exists()):
+        raise CheckpointError(
+            f"{root}: is no folder of a run's checkpoints, as checkpoint.load names; weights to start "
+            f"from are checkpoint.pretrained_checkpoint"
+        )
+    return iteration_folder(root) if root.is_dir() else None
 
 
 def resume(folder: Path, trainee: Trainee, *, with_optimizer: bool) -> Progress:
@@ -175,13 +201,18 @@ def resume(folder: Path, trainee: Trainee, *, with_optimizer: bool) -> Progress:
         found = json.loads(read_small(folder / STATE, _MOST_STATE))
         progress = Progress(int(found["step"]), int(found["samples"]))
         steps = int(found["scheduler"])
+        if min(progress.step, progress.samples, steps) < 0:
+            raise ValueError("a count is below 0")
+        kind = found.get("optimizer", trainee.optimizer_kind)
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder}: has no {STATE}, so no run can go on from it; start from its weights with "
             f"checkpoint.pretrained_checkpoint"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{folder / STATE}: is damaged ({error}); use another one") from None
+    if with_optimizer:
+        _require_state(folder, kind, trainee)
     wanted = _state(trainee, with_optimizer=with_optimizer, loading=True)
     _only_tensors(wanted)
     loaded = _load(folder, wanted, trainee)
@@ -194,6 +225,28 @@ def resume(folder: Path, trainee: Trainee, *, with_optimizer: bool) -> Progress:
         trainee.take_masters()
     trainee.scheduler.step(increment=steps)
     return progress
+
+
+def _require_state(folder: Path, kind: Any, trainee: Trainee) -> None:
+    """Refuse an optimizer's state that this run's cannot take up."""
+    own = trainee.optimizer_kind
+    alone = "or say checkpoint.load_optim=false to go on with its weights alone"
+    if not isinstance(kind, dict):
+        raise CheckpointError(
+            f"{folder}: holds no state of an optimizer, as checkpoint.save_optim was off; say "
+            f"checkpoint.load_optim=false"
+        )
+    for name, say in (("optimizer", "optimizer.optimizer"), ("precision", "mixed_precision")):
+        if kind.get(name, own[name]) != own[name]:
+            raise CheckpointError(
+                f"{folder}: has the optimizer's state of {kind[name]}, and this run is {own[name]}; "
+                f"say {say}={kind[name]}, {alone}"
+            )
+    if own["distributed"] and not kind.get("distributed", True):
+        raise CheckpointError(
+            f"{folder}: was saved without the distributed optimizer; say "
+            f"optimizer.use_distributed_optimizer=false, {alone}"
+        )
 
 
 def load_adapters(folder: Path, trainee: Trainee) -> None:
@@ -215,7 +268,8 @@ def _load(folder: Path, wanted: dict[str, Any], trainee: Trainee) -> dict[str, A
         warnings.simplefilter("ignore")
         shards = (wanted[f"model{number}"].values() for number in range(len(models)))
         require_whole([shard for found in shards for shard in found], copy, folder)
-        loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(copy))
+        with loading(folder):
+            loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(copy))
     for number, model in enumerate(models):
         own = loaded[f"model{number}"]
         if trainee.has_adapters:  # the model's own weights are there already

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import struct
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.indexed_dataset import _IndexReader
 
 from gptoss_convert.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from gptoss_plugins.train.config import PretrainDataset, TrainingConfig
+
+log = logging.getLogger("gptoss_convert")
 
 
 class Tokens:
@@ -45,13 +53,15 @@ def text_datasets(config: TrainingConfig, tokens: Tokens) -> tuple[Any, Any]:
         evaluations * train.eval_iters * train.global_batch_size,
         0,
     ]
+    shares = dataset.split
     if dataset.blend is not None:
         _require(dataset.blend[0])
+        shares = _shares(dataset.blend[0], dataset.split)
     settings = GPTDatasetConfig(
         random_seed=dataset.random_seed,
         sequence_length=dataset.sequence_length,
         blend=dataset.blend and tuple(map(_listed, dataset.blend)),
-        split=dataset.split,
+        split=shares,
         path_to_cache=dataset.path_to_cache,
         tokenizer=tokens,
         reset_position_ids=False,
@@ -61,7 +71,7 @@ def text_datasets(config: TrainingConfig, tokens: Tokens) -> tuple[Any, Any]:
         num_dataset_builder_threads=1,
     )
     kind = MockGPTDataset if dataset.blend is None else GPTDataset
-    with warnings.catch_warnings():
+    with _readable("dataset.blend"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = BlendedMegatronDatasetBuilder(kind, wanted, lambda: True, settings).build()
     for one in found:
@@ -85,6 +95,53 @@ class _Whole:
     def __getitem__(self, number: int) -> dict[str, Any]:
         sample = self._samples[number % len(self._samples)]
         return {name: sample[name] for name in ("tokens", "labels", "loss_mask")}
+
+
+def _shares(prefixes: Sequence[str], split: str) -> str:
+    """The split, without parts that some file has no document for: megatron-core would look for one
+    without an end.
+
+    Raises:
+        CheckpointError: a file cannot be read, or there is nothing to train on.
+
+    """
+    shares = [*map(float, split.split(",")), 0.0, 0.0][:3]
+    ends = [sum(shares[: n + 1]) / sum(shares) for n in range(3)]
+    for prefix in prefixes:
+        with _readable(prefix):
+            documents = len(_IndexReader(f"{prefix}.idx", multimodal=False).document_indices) - 1
+        stops = [round(end * documents) for end in ends]
+        sizes = [stop - start for start, stop in zip([0, *stops], stops, strict=False)]
+        if not sizes[0]:
+            raise CheckpointError(
+                f"{prefix}: has {documents} documents, and dataset.split {split} leaves none to train "
+                f"on; say dataset.split=100,0,0"
+            )
+        for number, (name, size) in enumerate(zip(("", "validation", "test"), sizes, strict=True)):
+            if shares[number] and not size:
+                log.warning("%s: has no document for %s, so there is none", prefix, name)
+                shares[number] = 0.0
+    return ",".join(f"{share:g}" for share in shares)
+
+
+@contextlib.contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Inside, megatron-core reads data; what it says of damaged ones becomes a sentence."""
+    try:
+        yield
+    except (
+        AssertionError,
+        OSError,
+        ValueError,
+        RuntimeError,
+        OverflowError,
+        struct.error,
+    ) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"{what}: megatron-core cannot read the data or write its indices ({reason[0][:200]}); "
+            f"prepare it again, or set dataset.path_to_cache to a folder of your own"
+        ) from error
 
 
 def _listed(value: Any) -> Any:

@@ -21,10 +21,11 @@ from megatron.core.transformer.module import Float16Module
 
 from gptoss_plugins.adapter.modules import add_adapters
 from gptoss_plugins.gpt_model.live import build_live
-from gptoss_plugins.train.architecture import megatron_fields
+from gptoss_plugins.train.architecture import hf_config, megatron_fields
 from gptoss_plugins.train.ranks import layout_of
 from gptoss_plugins.train.run.adam import Adam, PreciseConfig, in_place_of_transformer_engines
 from gptoss_plugins.train.run.clipping import parts_of
+from gptoss_plugins.train.run.drawing import draw
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -50,6 +51,7 @@ class Trainee:
         clips: largest norm of the gradients; 0 for any.
         dtype: of the weights that compute.
         optimizers: the context in which megatron-core handles the optimizer's state.
+        optimizer_kind: what decides which state it is, as plain values.
         has_adapters: adapters are trained, and the model's own weights are not.
 
     """
@@ -61,6 +63,7 @@ class Trainee:
     clips: float
     dtype: torch.dtype
     optimizers: Callable[[], contextlib.AbstractContextManager[None]]
+    optimizer_kind: Mapping[str, Any]
     has_adapters: bool = False
 
     def take_masters(self) -> None:
@@ -93,13 +96,14 @@ def build_trainee(
         place,
         dtype,
         training=True,
-        random_weights=random_weights,
         overrides={
             "cross_entropy_loss_fusion": config.model.cross_entropy_loss_fusion,
             **_recompute(config),
             **_exchange(config),
         },
     )
+    if random_weights:
+        draw(live, hf_config(config.model), config.rng.seed)
     if config.peft is not None:
         add_adapters(live, config.peft, config.rng.seed)
     ddp = DistributedDataParallelConfig(
@@ -133,8 +137,13 @@ def build_trainee(
             model.config.grad_scale_func = optimizer.scale_loss
     rates_ = _scheduler(config, optimizer)
     most = config.optimizer.clip_grad
-    has_adapters = config.peft is not None
-    return Trainee(live, chunks, optimizer, rates_, most, dtype, optimizers, has_adapters)
+    kind = {
+        "optimizer": config.optimizer.optimizer,
+        "distributed": config.optimizer.use_distributed_optimizer,
+        "precision": "bf16_mixed" if dtype == torch.bfloat16 else "fp32",
+    }
+    has = config.peft is not None
+    return Trainee(live, chunks, optimizer, rates_, most, dtype, optimizers, kind, has)
 
 
 def _exchange(config: TrainingConfig) -> dict[str, Any]:
@@ -158,6 +167,12 @@ def _recompute(config: TrainingConfig) -> dict[str, Any]:
         value = getattr(config.model, f"recompute_{name}")
         if value is not None:
             found[f"recompute_{name}"] = list(value) if isinstance(value, tuple) else value
+    modules = found.get("recompute_modules", [])
+    if "moe_act" in modules:  # which megatron-core has for Transformer Engine's experts only
+        modules.remove("moe_act")
+        found["recompute_activation"] = True
+        if not modules:
+            del found["recompute_granularity"], found["recompute_modules"]
     return found
 
 
