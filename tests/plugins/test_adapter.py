@@ -82,7 +82,10 @@ def exported(invoke: Run, folder: Path, target: Path) -> dict[str, Any]:
     return said(invoke("adapter", "export", "--adapter", folder, "--output", target, "--json"))
 
 
-@pytest.mark.parametrize(("size", "kind"), CASES)
+@pytest.mark.parametrize(
+    ("size", "kind"),
+    [pytest.param(*one, marks=pytest.mark.slow if n > 1 else ()) for n, one in enumerate(CASES)],
+)
 def test_as_peft_has_it(
     size: str, kind: str, bases: dict[str, Any], tmp_path: Path, invoke: Run
 ) -> None:

@@ -79,13 +79,13 @@ def test_what_slurm_refuses_is_told(cluster: Cluster, tmp_path: Path) -> None:
 def test_ctrl_c_leaves_the_job_running(cluster: Cluster, tmp_path: Path) -> None:
     options = ["--follow", "--job-dir", tmp_path, "--sbatch", "begin=now+1hour"]
     command = ["gptoss-convert", "launch", "slurm", *map(str, options), "--", "verify", "a"]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command, env=cluster.environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path
-    )
-    assert process.stderr
-    number = process.stderr.readline().split()[2].rstrip(";")
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
-    assert f"job {number} goes on; scancel {number} ends it" in process.stderr.read()
+    ) as process:
+        assert process.stderr
+        number = process.stderr.readline().split()[2].rstrip(";")
+        process.send_signal(signal.SIGINT)
+        assert f"job {number} goes on; scancel {number} ends it" in process.stderr.read()
+    assert process.returncode == 130
     assert cluster.facts(number)["JobState"] == "PENDING"
     assert cluster.run("scancel", number).returncode == 0
