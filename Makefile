@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/gptoss-convert demo --output gptoss-demo
 
 test: lint
-	$(VENV)/bin/pytest -n 2 --dist worksteal -m "not slow" --durations 20
+	$(VENV)/bin/pytest -n 2 --dist worksteal -m "not slow and not slurm" --durations 20
 
 test-all: lint
 	$(VENV)/bin/pytest -n 2 --dist worksteal

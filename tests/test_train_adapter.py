@@ -322,7 +322,7 @@ REFUSED = {
     "no base": (["checkpoint.pretrained_checkpoint=null"], "pretrained_checkpoint is null"),
     "another rank": (["peft.dim=2", "checkpoint.load={run}"], "(4, 192, 3)"),
     "another kind": ([SHARED, "checkpoint.load={run}"], "experts"),
-    "a model's run": (["checkpoint.load={run}", "peft=null"], "the model has no such tensor"),
+    "a model's run": (["checkpoint.load={run}", "peft=null"], "is the checkpoint of an adapter"),
     "fewer targets": (["peft.target_modules=[linear_qkv]", "checkpoint.load={run}"], "linear_proj"),
 }
 

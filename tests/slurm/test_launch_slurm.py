@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     Cluster = Any  # of conftest.py, which cannot be imported by its name
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+pytestmark = pytest.mark.slurm
 
 
 def test_follow_shows_the_log_and_ends_as_the_command_does(
@@ -52,6 +52,7 @@ def test_a_conversion_in_several_processes_on_two_nodes(
     assert Path(job["script_file"]).read_text() == job["script"]
 
 
+@pytest.mark.slow
 def test_tasks_of_an_array(cluster: Cluster, originals: dict[str, Path], tmp_path: Path) -> None:
     for number, name in enumerate(("bf16", "mxfp4"), start=3):
         (tmp_path / f"model {number}").symlink_to(originals[name])
@@ -76,6 +77,7 @@ def test_what_slurm_refuses_is_told(cluster: Cluster, tmp_path: Path) -> None:
     assert "Traceback" not in found.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_job_running(cluster: Cluster, tmp_path: Path) -> None:
     options = ["--follow", "--job-dir", tmp_path, "--sbatch", "begin=now+1hour"]
     command = ["gptoss-convert", "launch", "slurm", *map(str, options), "--", "verify", "a"]
