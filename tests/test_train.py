@@ -413,3 +413,64 @@ def test_bad_input_is_one_sentence(
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "run").glob("*"))
+
+
+NOT_RESUMED = {
+    "another model": (["model.moe_router_topk=3"], "moe_router_topk differ"),
+    "state in parts": (["optimizer.use_distributed_optimizer=true"], "without the distributed"),
+    "another precision": (["mixed_precision=bf16_mixed"], "the optimizer's state of fp32"),
+    "another optimizer": (["optimizer.optimizer=sgd"], "the optimizer's state of adam"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_RESUMED)
+def test_what_cannot_go_on_says_so(
+    case: str, data: Path, alone: dict[str, Any], invoke: Run
+) -> None:
+    more, sentence = NOT_RESUMED[case]
+    done = invoke(*words(data, f"checkpoint.load={alone['save']}", "checkpoint.save=null", *more))
+    assert done.returncode == 1
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_is_one_sentence(data: Path, alone: dict[str, Any], tmp_path: Path) -> None:
+    """Files may have 300 kB: torch's writer fails, whose exception is no Exception."""
+    place = again(alone, tmp_path / "run")
+    run = [sys.executable, "-m", "gptoss_convert", *words(data, f"checkpoint.save={place}")]
+    command = ["bash", "-c", "ulimit -f 300; trap '' XFSZ; exec \"$@\"", "bash", *run]
+    more = [f"checkpoint.load={place}", "checkpoint.save_interval=2"]
+    done = subprocess.run([*command, *more], check=False, capture_output=True, text=True)
+    assert done.returncode in (1, 4)
+    assert done.stderr.count("error: ") == 1
+    assert "Traceback" not in done.stderr
+    assert not list(place.glob(".iter_*"))
+    assert (place / "latest_checkpointed_iteration.txt").read_text() == "16\n"
+    assert sorted(p.name for p in place.glob("iter_*")) == ["iter_0000008", "iter_0000016"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tp2", "pp2", "ep2"])
+def test_random_weights_are_those_of_any_layout(name: str, data: Path, invoke: Run) -> None:
+    none = ["checkpoint.save=null", "checkpoint.load=null", *SHORT]
+    layout, ranks = LAYOUTS[name]
+    everywhere = losses_of(launched(ranks, *words(data, *none, *layout)))
+    assert everywhere == pytest.approx(losses_of(invoke(*words(data, *none))), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["full", "model.recompute_method=uniform", "model.recompute_num_layers=1"],
+        ["selective", "model.recompute_modules=[moe_act,core_attn]"],
+    ],
+)
+def test_recomputed_is_the_same(how: list[str], data: Path, invoke: Run) -> None:
+    none = ["checkpoint.save=null", "checkpoint.load=null", *SHORT, "dataset.num_workers=0"]
+    kept = lines_of(invoke(*words(data, *none)))
+    again_ = lines_of(
+        invoke(*words(data, *none, f"model.recompute_granularity={how[0]}", *how[1:]))
+    )
+    for one, other in zip(kept, again_, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-6)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
