@@ -34,7 +34,7 @@ LAYOUTS = [
     ((2, 2, 2), 4),
     ((1, 2, 2), 4),
 ]
-IN_CI = (((2, 1, 2), 2),)
+IN_CI: tuple[tuple[tuple[int, ...], int], ...] = ()  # tests/test_live_roundtrip.py has one
 NEW = 64
 # A token a character, and no two parts alike: 1, 100, 300 and 5000 tokens, beyond the window (128) and
 # beyond YaRN's original length (4096).

@@ -170,10 +170,9 @@ def test_losses_are_those_of_peft(data: Path, start: Path, alone: dict[str, Any]
         assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", [EACH, pytest.param(SHARED, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n == "tp2 ep2" else pytest.mark.slow) for n in LAYOUTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [EACH, SHARED])
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout(name: str, kind: str, data: Path, start: Path, alone: dict[str, Any]) -> None:
     ends = ["checkpoint.save=null", "checkpoint.load=null", kind, *LAYOUTS[name]]
     found = lines_of(launched(2, *words(data, start, *ends)))
@@ -215,7 +214,7 @@ def test_resumed_at_another_layout(
     assert losses == pytest.approx([line["loss"] for line in alone[kind]["lines"][4:]], abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", [EACH, SHARED])
+@pytest.mark.parametrize("kind", [EACH, pytest.param(SHARED, marks=pytest.mark.slow)])
 def test_what_was_trained_goes_anywhere(
     kind: str, start: Path, alone: dict[str, Any], tmp_path: Path, invoke: Run
 ) -> None:
@@ -303,6 +302,7 @@ def test_generate_and_chat_with_an_adapter(
     assert "is the checkpoint of an adapter" in done.stderr
 
 
+@pytest.mark.slow
 def test_begun_anew_from_adapters(
     data: Path, start: Path, alone: dict[str, Any], invoke: Run
 ) -> None:
@@ -327,6 +327,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_one_sentence(
     case: str, data: Path, start: Path, alone: dict[str, Any], tmp_path: Path, invoke: Run

@@ -72,7 +72,7 @@ def load(hf: Path, megatron: Path, ranks: int, *flags: str) -> tuple[int, dict[s
         pytest.param(1, 2, 1, [], marks=pytest.mark.slow),
         pytest.param(1, 1, 2, [], marks=pytest.mark.slow),
         (2, 1, 2, []),
-        (2, 2, 2, ["--sequence-parallel"]),
+        pytest.param(2, 2, 2, ["--sequence-parallel"], marks=pytest.mark.slow),
     ],
 )
 def test_logits_at_every_layout(
