@@ -283,3 +283,19 @@ def test_any_file_is_a_config_or_refused(
 def test_yaml_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no such file; check the path"):
         from_yaml(tmp_path / "a.yaml")
+
+
+def test_fields_that_follow_another(tmp_path: Path) -> None:
+    """Saving in a place means going on there; tensor parallelism brings sequence parallelism."""
+    from gptoss_convert.registry import default_registry
+    from gptoss_plugins.train.choosing import chosen
+
+    def fields(*words: str) -> tuple[str | None, bool]:
+        config = chosen(default_registry().recipes(), "tiny_pretrain", None, words)
+        return config.checkpoint.load, config.model.sequence_parallel
+
+    place = f"checkpoint.save={tmp_path}"
+    cut = "model.tensor_model_parallel_size=2"
+    assert fields(place, cut) == (str(tmp_path), True)
+    own = fields(place, "checkpoint.load=other", cut, "model.sequence_parallel=false")
+    assert own == ("other", False)

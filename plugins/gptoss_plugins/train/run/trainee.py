@@ -49,7 +49,6 @@ class Trainee:
         optimizer: megatron-core's.
         scheduler: moves learning rate and weight decay, a step at a time.
         clips: largest norm of the gradients; 0 for any.
-        dtype: of the weights that compute.
         optimizers: the context in which megatron-core handles the optimizer's state.
         optimizer_kind: what decides which state it is, as plain values.
         has_adapters: adapters are trained, and the model's own weights are not.
@@ -61,7 +60,6 @@ class Trainee:
     optimizer: Any
     scheduler: Any
     clips: float
-    dtype: torch.dtype
     optimizers: Callable[[], contextlib.AbstractContextManager[None]]
     optimizer_kind: Mapping[str, Any]
     has_adapters: bool = False
@@ -143,7 +141,7 @@ def build_trainee(
         "precision": "bf16_mixed" if dtype == torch.bfloat16 else "fp32",
     }
     has = config.peft is not None
-    return Trainee(live, chunks, optimizer, rates_, most, dtype, optimizers, kind, has)
+    return Trainee(live, chunks, optimizer, rates_, most, optimizers, kind, has)
 
 
 def _exchange(config: TrainingConfig) -> dict[str, Any]:
