@@ -189,7 +189,8 @@ def again(alone: dict[str, Any], place: Path) -> Path:
     return place
 
 
-@pytest.mark.parametrize("kind", [EACH, pytest.param(SHARED, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [EACH, SHARED])
 def test_resumed_runs_are_undisturbed(
     kind: str, data: Path, start: Path, alone: dict[str, Any], tmp_path: Path, invoke: Run
 ) -> None:

@@ -86,6 +86,7 @@ def test_logits_at_every_layout(
     assert found["argmax_equal"] == 1.0
 
 
+@pytest.mark.slow
 def test_square_experts(square: SimpleNamespace) -> None:
     code, found = load(square.hf, square.megatron, 2, "--tp=2", "--ep=2")
     assert (code, found["unequal"]) == (0, [])
