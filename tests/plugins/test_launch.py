@@ -317,3 +317,19 @@ def test_sigterm_is_the_ranks_own_affair(end: str, code: int, tmp_path: Path) ->
     assert "saved 1" in out
     assert "Traceback" not in err
     assert ("rank 1 was ended by SIGKILL" in err) == (code == 137)
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_sigterm_of_srun_behind_the_ranks_end_changes_no_exit_code(
+    code: int, tmp_path: Path
+) -> None:
+    (tmp_path / "rank.py").write_text(f"raise SystemExit({code})")
+    late = (  # other nodes ended a moment before, and srun ends all
+        "import atexit, os, signal, sys\n"
+        "from gptoss_plugins.launch.node import launch\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
+        "sys.exit(launch(sys.argv[1:]))\n"
+    )
+    words = ["--standalone", "--nproc_per_node=2", str(tmp_path / "rank.py")]
+    found = subprocess.run([sys.executable, "-c", late, *words], check=False)
+    assert found.returncode == code

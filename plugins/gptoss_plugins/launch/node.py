@@ -51,11 +51,13 @@ def launch(arguments: Sequence[str]) -> int:
         logging.disable(logging.ERROR)  # the ranks say themselves, and shorter, what is wrong
     parsed = run.parse_args(list(arguments))
     parsed.signals_to_handle = _OTHERS  # an older torch does not know it
-    before = signal.signal(signal.SIGTERM, _pass_on)
+    signal.signal(signal.SIGTERM, _pass_on)
     try:
-        run.run(parsed)
+        try:
+            run.run(parsed)
+        finally:  # the ranks are done; srun, which ends all nodes when one fails, changes no exit code
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
     except ChildFailedError as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if parsed.nnodes not in _ALONE:
             time.sleep(_TOGETHER)
         return _code_of(error)
@@ -68,8 +70,6 @@ def launch(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 1
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return 0
 
 
