@@ -31,7 +31,7 @@ def copy_columns(target: Any, source: Any) -> None:
         starts = (starts[:, None] + np.arange(size, dtype=np.uint64) * u64(stride)).reshape(-1)
     reach = 1 + sum((n - 1) * s for n, s in zip(source.shape, (step, *strides), strict=True))
     flat = np.lib.stride_tricks.as_strided(source, (reach,), (source.itemsize,))
-    _blocks[step](flat, starts, target.reshape(len(target), -1))
+    _copy_blocks(flat, u64(step), starts, target.reshape(len(target), -1))
 
 
 def _turned(builder: Any, rows: list[Any]) -> list[Any]:
@@ -105,29 +105,33 @@ def _tile(step: int) -> Any:
     return tile
 
 
-def _copy_blocks(step: int) -> Any:
-    tile, step_ = _tile(step), u64(step)
+_tile_of_1, _tile_of_2 = _tile(1), _tile(2)  # global, or the compiled loop would not be found again
 
-    def copy_blocks(source: Any, starts: Any, target: Any) -> None:
-        rows, columns = u64(target.shape[0]), u64(target.shape[1])
-        flat = target.reshape(-1)
-        full_rows, full_columns = rows - rows % u64(_TILE), columns - columns % u64(_TILE)
-        for left in range(u64(0), full_columns, u64(_COLUMNS)):
-            right = min(left + u64(_COLUMNS), full_columns)
-            for top in range(u64(0), full_rows, u64(_ROWS)):
-                for row in range(top, min(top + u64(_ROWS), full_rows), u64(_TILE)):
-                    for column in range(left, right, u64(_TILE)):
-                        place = row * columns + column
-                        tile(source, row * step_, starts, column, flat, place, columns)
-        for row in range(rows):
-            first = full_columns if row < full_rows else u64(0)
-            for column in range(first, columns):
-                flat[row * columns + column] = source[starts[column] + row * step_]
 
+def _kept(function: Any) -> Any:
+    """Compile on first use, and keep that on disk if there is a place to write to."""
     try:
-        return numba.njit(copy_blocks, nogil=True, cache=True, error_model="numpy")
-    except RuntimeError:  # nowhere to keep it
-        return numba.njit(copy_blocks, nogil=True, error_model="numpy")
+        return numba.njit(function, nogil=True, cache=True, error_model="numpy")
+    except RuntimeError:
+        return numba.njit(function, nogil=True, error_model="numpy")
 
 
-_blocks = {step: _copy_blocks(step) for step in (1, 2)}
+@_kept
+def _copy_blocks(source: Any, step: int, starts: Any, target: Any) -> None:
+    rows, columns = u64(target.shape[0]), u64(target.shape[1])
+    flat = target.reshape(-1)
+    full_rows, full_columns = rows - rows % u64(_TILE), columns - columns % u64(_TILE)
+    for left in range(u64(0), full_columns, u64(_COLUMNS)):
+        right = min(left + u64(_COLUMNS), full_columns)
+        for top in range(u64(0), full_rows, u64(_ROWS)):
+            for row in range(top, min(top + u64(_ROWS), full_rows), u64(_TILE)):
+                for column in range(left, right, u64(_TILE)):
+                    place = row * columns + column
+                    if step == 1:
+                        _tile_of_1(source, row, starts, column, flat, place, columns)
+                    else:
+                        _tile_of_2(source, row * step, starts, column, flat, place, columns)
+    for row in range(rows):
+        first = full_columns if row < full_rows else u64(0)
+        for column in range(first, columns):
+            flat[row * columns + column] = source[starts[column] + row * step]

@@ -30,8 +30,11 @@ def values(kind: str) -> torch.Tensor:
     "kind", ["lossy", "kept", "some kept", "tiny", "huge", "zeros of both signs", "nonfinite"]
 )
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_as_in_plain_torch(monkeypatch, kind: str, interleaved: bool) -> None:
+@pytest.mark.parametrize("wide", [False, True])
+def test_as_in_plain_torch(monkeypatch, kind: str, interleaved: bool, wide: bool) -> None:
     x = values(kind)
+    if wide:
+        x = x.float() if "kept" in kind else x.float() * 1.0037  # not to be held by bfloat16
     if interleaved:
         x = x.unflatten(1, (2, -1)).transpose(1, 2)
     parts = mxfp4.encode(x, on_nonfinite="nan")

@@ -71,7 +71,7 @@ def loss(tensor: Tensor, blocks: Tensor, scales: Tensor) -> MXFP4Loss:
 
 def _in_one_pass(tensor: Tensor) -> Compare | None:
     """By numba, for whom it serves at all; loaded for this alone it would cost more than it saves."""
-    if tensor.device.type != "cpu" or tensor.dtype != torch.bfloat16:
+    if tensor.device.type != "cpu" or tensor.dtype == torch.float16:
         return None
     if "gptoss_kernels.mxfp4.numba" not in sys.modules:
         return None

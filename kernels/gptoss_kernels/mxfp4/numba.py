@@ -19,6 +19,7 @@ from gptoss_kernels.mxfp4 import table
 from gptoss_kernels.mxfp4.form import BLOCK, BYTES, LARGEST_SCALE, NAN_SCALE, SHIFTED, Rule
 from gptoss_kernels.mxfp4.threads import contiguous, scratch, spread
 from gptoss_kernels.mxfp4.views import chunks
+from gptoss_kernels.vectors import block, kernel, like, places, reduced, repeat
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,14 +29,6 @@ _STAGED = 1 << 14  # blocks in a job that goes through a buffer, which should st
 _PAST_CACHE = 32 << 20  # bytes; a larger result would push out all else, and not stay itself
 LINE = 64  # bytes of a cache line, and of a decoded block
 _FRACTION = {16: 7, 32: 23}  # fraction bits, by width
-
-
-def _kernel(function: Any) -> Any:
-    """Compile on first use, and keep that on disk if there is a place to write to."""
-    try:
-        return numba.njit(function, nogil=True, cache=True, error_model="numpy")
-    except RuntimeError:
-        return numba.njit(function, nogil=True, error_model="numpy")
 
 
 _inline = numba.njit(inline="always")
@@ -113,29 +106,7 @@ def _flat(rows: Tensor, dtype: torch.dtype) -> Any:
 # --- decoding ------------------------------------------------------------------------------------
 
 
-# What is done to every block is written for LLVM's vectors, all of it at once, here and below. From
-# loops, numba would widen the values to 64 bits, and LLVM unroll them into scalar steps before it
-# looks for vectors. On a CPU with shorter vectors LLVM splits these.
-
-
-def _block(context: Any, builder: Any, array: Any, kind: Any, start: Any, count: int) -> Any:
-    """The address of ``count`` items of an array, taken as one vector."""
-    items = context.make_array(kind)(context, builder, array).data
-    vector = ir.VectorType(context.get_data_type(kind.dtype), count)
-    return builder.bitcast(builder.gep(items, [start]), vector.as_pointer())
-
-
-def _like(vector: Any, number: int) -> Any:
-    return ir.Constant(vector.type, [number] * vector.type.count)
-
-
-def _repeat(builder: Any, number: Any, like: Any) -> Any:
-    once = builder.insert_element(_like(like, 0), number, ir.IntType(32)(0))
-    return builder.shuffle_vector(once, once, _places([0] * like.type.count))
-
-
-def _places(places: list[int]) -> Any:
-    return ir.Constant(ir.VectorType(ir.IntType(32), len(places)), places)
+# What is done to every block is written as LLVM's vectors, all of it at once, here and below.
 
 
 def _storing(*, past_cache: bool) -> Any:
@@ -145,10 +116,10 @@ def _storing(*, past_cache: bool) -> Any:
     def store(typing: Any, blocks: Any, source: Any, exponent: Any, out: Any, place: Any) -> Any:
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             packed, begin, exponent_, values, place_ = arguments
-            data = builder.load(_block(context, builder, packed, blocks, begin, BYTES), align=1)
+            data = builder.load(block(context, builder, packed, blocks, begin, BYTES), align=1)
             words = builder.zext(data, ir.VectorType(ir.IntType(32), BYTES))
-            made = _two_values(builder, words, _repeat(builder, exponent_, words))
-            target = _block(context, builder, values, out, place_, BYTES)
+            made = _two_values(builder, words, repeat(builder, exponent_, words))
+            target = block(context, builder, values, out, place_, BYTES)
             done = builder.store(made, target, align=LINE if past_cache else 4)
             if past_cache:
                 yes = builder.module.add_metadata([ir.IntType(32)(1)])
@@ -171,12 +142,12 @@ def _two_values(b: Any, byte: Any, exponent: Any) -> Any:
     a power of two, without that bit; 0 is nothing.
     """
     halves = ir.VectorType(ir.IntType(16), 2 * BYTES)
-    codes = b.bitcast(b.or_(byte, b.shl(byte, _like(byte, 12))), halves)
-    magnitude = b.and_(codes, _like(codes, 7))
-    none, one = (b.icmp_signed("==", magnitude, _like(codes, n)) for n in (0, 1))
-    counted = b.shl(b.add(magnitude, b.sext(one, halves)), _like(codes, 6))
-    bits = b.select(none, _like(codes, 0), b.add(counted, b.bitcast(exponent, halves)))
-    sign = b.shl(b.and_(codes, _like(codes, 8)), _like(codes, 12))
+    codes = b.bitcast(b.or_(byte, b.shl(byte, like(byte, 12))), halves)
+    magnitude = b.and_(codes, like(codes, 7))
+    none, one = (b.icmp_signed("==", magnitude, like(codes, n)) for n in (0, 1))
+    counted = b.shl(b.add(magnitude, b.sext(one, halves)), like(codes, 6))
+    bits = b.select(none, like(codes, 0), b.add(counted, b.bitcast(exponent, halves)))
+    sign = b.shl(b.and_(codes, like(codes, 8)), like(codes, 12))
     return b.bitcast(b.or_(bits, sign), byte.type)
 
 
@@ -191,7 +162,7 @@ def _fence(typing: Any) -> Any:
     return numba.types.none(), emit
 
 
-@_kernel
+@kernel
 def _decode_rows(
     blocks: Any,
     scales: Any,
@@ -237,11 +208,9 @@ def _largest(typing: Any, values: Any, start: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array, begin = arguments
-        x = builder.load(_block(context, builder, array, values, begin, BLOCK), align=width // 8)
-        magnitude = builder.and_(x, _like(x, (1 << (width - 1)) - 1))
-        kind = ir.FunctionType(x.type.element, [x.type])
-        name = f"llvm.vector.reduce.smax.v{BLOCK}i{width}"
-        return builder.call(builder.module.declare_intrinsic(name, (), kind), [magnitude])
+        x = builder.load(block(context, builder, array, values, begin, BLOCK), align=width // 8)
+        magnitude = builder.and_(x, like(x, (1 << (width - 1)) - 1))
+        return reduced(builder, "smax", magnitude)
 
     return values.dtype(values, start), emit
 
@@ -253,12 +222,12 @@ def _store_codes(typing: Any, values: Any, start: Any, base: Any, blocks: Any, p
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array, begin, base_, bytes_, place = arguments
-        x = builder.load(_block(context, builder, array, values, begin, BLOCK), align=width // 8)
+        x = builder.load(block(context, builder, array, values, begin, BLOCK), align=width // 8)
         codes = _codes(builder, x, base_, _FRACTION[width])
         low, high = (_every_other(builder, codes, first) for first in (0, 1))
-        both = builder.or_(low, builder.shl(high, _like(high, 4)))
+        both = builder.or_(low, builder.shl(high, like(high, 4)))
         both = builder.trunc(both, ir.VectorType(ir.IntType(8), BYTES))
-        builder.store(both, _block(context, builder, bytes_, blocks, place, BYTES), align=1)
+        builder.store(both, block(context, builder, bytes_, blocks, place, BYTES), align=1)
         return context.get_dummy_value()
 
     return numba.types.none(values, start, values.dtype, blocks, packed), emit
@@ -267,23 +236,23 @@ def _store_codes(typing: Any, values: Any, start: Any, base: Any, blocks: Any, p
 def _codes(b: Any, x: Any, base: Any, fraction: int) -> Any:
     """The steps of ``table.py``, on the vector ``x``; ``base`` is subtracted from each magnitude."""
     step = fraction - 1
-    magnitude = b.and_(x, _like(x, (1 << (8 + fraction)) - 1))
-    t = b.sub(magnitude, _repeat(b, base, x))
-    near = b.add(t, b.and_(b.ashr(t, _like(t, step)), _like(t, 1)))
-    near = b.ashr(b.add(near, _like(t, (1 << (step - 1)) - 1)), _like(t, step))
-    near = b.select(b.icmp_signed("<", near, _like(t, 9)), near, _like(t, 9))
-    near = b.sub(near, _like(t, 2))
-    quarter, three = (b.icmp_signed(">", t, _like(t, n)) for n in (0, (3 << step) - 1))
+    magnitude = b.and_(x, like(x, (1 << (8 + fraction)) - 1))
+    t = b.sub(magnitude, repeat(b, base, x))
+    near = b.add(t, b.and_(b.ashr(t, like(t, step)), like(t, 1)))
+    near = b.ashr(b.add(near, like(t, (1 << (step - 1)) - 1)), like(t, step))
+    near = b.select(b.icmp_signed("<", near, like(t, 9)), near, like(t, 9))
+    near = b.sub(near, like(t, 2))
+    quarter, three = (b.icmp_signed(">", t, like(t, n)) for n in (0, (3 << step) - 1))
     small = b.add(b.zext(quarter, t.type), b.zext(three, t.type))
-    sign = b.and_(b.ashr(x, _like(x, 5 + fraction)), _like(x, 8))
+    sign = b.and_(b.ashr(x, like(x, 5 + fraction)), like(x, 8))
     return b.or_(b.select(b.icmp_signed(">", near, small), near, small), sign)
 
 
 def _every_other(builder: Any, vector: Any, first: int) -> Any:
-    return builder.shuffle_vector(vector, vector, _places(list(range(first, BLOCK, 2))))
+    return builder.shuffle_vector(vector, vector, places(list(range(first, BLOCK, 2))))
 
 
-@_kernel
+@kernel
 def _encode_rows(
     values: Any,
     inner: int,
@@ -336,7 +305,7 @@ def _quanta(magnitude: int, fraction: int) -> int:
     return rest if exponent == 0 else (rest | (1 << fraction)) << (exponent - 1)
 
 
-@_kernel
+@kernel
 def _small_codes(
     values: Any, start: int, scale: int, fraction: int, blocks: Any, packed: int
 ) -> None:
@@ -352,7 +321,7 @@ def _small_codes(
         blocks[place] = code if k % 2 == 0 else blocks[place] | (code << 4)
 
 
-@_kernel
+@kernel
 def _take_hint(
     values: Any, start: int, scale: int, hint: int, fraction: int, blocks: Any, packed: int
 ) -> bool:

@@ -7,7 +7,6 @@ Nothing is merged before it is asked for, and then only the rows that are.
 from __future__ import annotations
 
 import hashlib
-import math
 import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    import torch
     from torch import Tensor
 
     from gptoss_convert.logical import Logical
@@ -36,7 +34,7 @@ if TYPE_CHECKING:
     from gptoss_plugins.adapter.opening import Adapter
     from gptoss_plugins.adapter.table import Target
 
-_CHUNK = 3 << 18  # elements at a time, whose float32 a processor's cache holds, twice
+_CHUNK = 3 << 18  # elements at a time, whose float32 a processor's cache holds
 
 
 class _Adapted(NamedTuple):
@@ -127,12 +125,12 @@ class MergedSource:
             weight, left, right = weight.mT, right.mT, left.mT
         made = made.view(weight.shape)
         each = max(1, _CHUNK // weight.shape[-1])
-        room = memory.take(8 * each * weight.shape[-1]).view(torch.float32)
+        room = memory.take(4 * each * weight.shape[-1]).view(torch.float32)
         try:
             loss = _merge(
-                weight, left, right, self._adapter.scale, made, room.view(2, each, weight.shape[-1])
+                weight, left, right, self._adapter.scale, made, room.view(each, weight.shape[-1])
             )
-        except ConvertError as error:
+        except OverflowError as error:
             raise ConvertError(
                 f"{name}: with the adapter it {error}; merge into a wider type"
             ) from None
@@ -194,52 +192,27 @@ def _merge(
         right: ``[r, n]``.
         scale: a number.
         out: of the shape of ``weight``.
-        room: float32 ``[2, some, n]``; so many rows are at work at a time.
+        room: float32 ``[some, n]``; so many rows are at work at a time.
+
+    Raises:
+        OverflowError: a finite number became infinite.
 
     """
     import torch
+
+    from gptoss_kernels.rounded_sum import rounded_sum
 
     total = Loss(unit="elements")
     if weight.dim() == 3:
         for own, l, r, to in zip(weight, left, right, out, strict=True):
             total += _merge(own, l, r, scale, to, room)
         return total
-    for start in range(0, len(weight), room.shape[1]):
-        rows = slice(start, start + room.shape[1])
-        exact, error = room[:, : len(weight[rows])]
-        exact.copy_(weight[rows]).addmm_(left[rows], right, alpha=scale)
-        out[rows] = exact
-        torch.sub(error.copy_(out[rows]), exact, out=error)
-        total += _rounding(exact.view(-1), error.view(-1), out.dtype)
+    for start in range(0, len(weight), len(room)):
+        rows = slice(start, start + len(room))
+        change = torch.mm(left[rows], right, out=room[: len(weight[rows])])
+        cost = rounded_sum(weight[rows], change, scale, out[rows])
+        total += Loss(cost.elements, *cost[1:5], cost.elements, cost.nonfinite, "elements")
     return total
-
-
-def _rounding(exact: Tensor, error: Tensor, dtype: torch.dtype) -> Loss:
-    """What rounding float32 numbers to ``dtype`` costs, from the errors.
-
-    Raises:
-        ConvertError: a finite number became infinite.
-
-    """
-    count, nonfinite = len(exact), 0
-    least, most = (float(end) for end in error.aminmax())
-    if not (math.isfinite(least) and math.isfinite(most)):
-        finite = exact.isfinite()
-        exact, error = exact[finite], error[finite]
-        nonfinite = count - len(exact)
-        if not bool(error.isfinite().all()):
-            raise ConvertError(f"is too large for {dtype}")
-        least, most = (float(end) for end in error.aminmax()) if len(error) else (0.0, 0.0)
-    return Loss(
-        count,
-        count - nonfinite - int(error.count_nonzero()),
-        max(-least, most),
-        float(error.dot(error)),
-        float(exact.dot(exact)),
-        count,
-        nonfinite,
-        "elements",
-    )
 
 
 def merged(base: Logical, adapter: Adapter, is_exact: Callable[[Rule], bool]) -> Logical:
