@@ -67,6 +67,18 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "half": (lambda t: t.pop(f"{Q}B.weight"), "half an adapter"),
     "the other half": (lambda t: t.pop(f"{MODEL}.2.mlp.experts.lora_A.weight"), "half an adapter"),
     "a rank of B": (lambda t: t.update({f"{Q}B.weight": torch.ones(140, 4)}), "[140, 4]"),
+    "both halves of a module": (
+        lambda t: [t.pop(name) for name in [*t] if ".k_proj." in name],
+        "layers.0.self_attn.k_proj.lora_A.weight: is missing",
+    ),
+    "names of no PEFT": (
+        lambda t: [t.update({n.replace(".weight", ".default.weight"): t.pop(n)}) for n in [*t]],
+        "is no name that PEFT gives a tensor",
+    ),
+    "a model without a head": (
+        lambda t: [t.update({n.replace("model.model.", "model.", 1): t.pop(n)}) for n in [*t]],
+        "that can be model.layers.N.self_attn.q_proj",
+    ),
     "a rank of A": (lambda t: t.update({f"{Q}A.weight": torch.ones(2, 48)}), "rank of 3"),
     "another target": (
         lambda t: t.update(
@@ -100,6 +112,11 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "endless pattern": ({"rank_pattern": {"(a+)+$": 2}}, "no name of a module"),
     "experts not named": ({"target_parameters": None}, "target_parameters"),
     "a long one": ({"auto_mapping": "x" * (1 << 21)}, "takes 2,09"),
+    "a parameter not named": ({"target_parameters": ["mlp.experts.down_proj"]}, "does not name"),
+    "modules not named": ({"target_modules": ["q_proj", "o_proj"]}, "target_modules, exclude_mod"),
+    "modules left out": ({"exclude_modules": ["1.self_attn.q_proj"]}, "exclude_modules"),
+    "layers left out": ({"layers_to_transform": [0, 2]}, "layers_to_transform"),
+    "neither true nor false": ({"use_rslora": "no"}, "use_rslora is 'no'"),
     "another rank": ({"r": 4}, "adapter_config.json tells another rank"),
 }
 

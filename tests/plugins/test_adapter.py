@@ -38,6 +38,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "alphas": {"alpha_pattern": {"o_proj": 20, EXPERTS[0]: 10}},
     "experts of a layer": {"target_parameters": ONE_LAYER},
     "a layer": {"target_parameters": None, "layers_to_transform": [1]},
+    "but one": {"target_parameters": None, "exclude_modules": ["1.self_attn.k_proj"]},
+    "another rank on a layer": {
+        "rank_pattern": {"0.self_attn.q_proj": 2, "2.self_attn.o_proj": 5, "1." + EXPERTS[0]: 4}
+    },
+    "one of two on some layers": {"target_parameters": [EXPERTS[0], "1." + EXPERTS[1]]},
 }
 CASES = [*(("", kind) for kind in KINDS), ("square", "all"), ("square", "down")]
 SAME_FILE = ("all", "q and v", "o", "down", "gate and up", "ranks", "stabilized")
@@ -112,6 +117,46 @@ def test_as_peft_has_it(
             tmp_path / f"merged {form}", dtype=torch.float32, attn_implementation="eager"
         )
         assert (logits(model.eval()) - want).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("size", ["", "square"])
+def test_experts_the_other_way_round(
+    size: str, bases: dict[str, Any], tmp_path: Path, invoke: Run
+) -> None:
+    """PEFT takes inputs for outputs where transformers does not tell it of GPT-OSS; what is exported
+    is as it is where it does.
+    """
+    base = bases[size]
+    model = tiny_model(**base["sizes"])
+    for layer in model.model.layers:
+        layer.mlp.experts.is_transposed = False
+    wrapped = with_adapter(model)
+    for layer in model.model.layers:
+        layer.mlp.experts.get_base_layer().is_transposed = True
+    wrapped.save_pretrained(tmp_path / "peft")
+    want = logits(wrapped)
+    assert (logits(tiny_model(**base["sizes"])) - want).abs().max() > 0.01
+    imported(invoke, base, tmp_path / "peft", tmp_path / "megatron")
+    exported(invoke, tmp_path / "megatron", tmp_path / "back")
+    back = load_onto(tiny_model(**base["sizes"]), tmp_path / "back")
+    assert (logits(back) - want).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_scales_are_not_rounded(
+    dtype: torch.dtype, base: dict[str, Any], tmp_path: Path, invoke: Run
+) -> None:
+    """B takes up what one scale for all does not; in half precision that would be far off."""
+    from safetensors.torch import save_file
+
+    adapted(base, tmp_path / "peft", **KINDS["alphas"] | {"rank_pattern": {"q_proj": 7}})
+    half = {name: weight.to(dtype) for name, weight in tensors(tmp_path / "peft").items()}
+    save_file(half, tmp_path / "peft/adapter_model.safetensors", {"format": "pt"})
+    want = logits(load_onto(tiny_model(**base["sizes"]), tmp_path / "peft"))
+    imported(invoke, base, tmp_path / "peft", tmp_path / "megatron")
+    exported(invoke, tmp_path / "megatron", tmp_path / "back")
+    back = load_onto(tiny_model(**base["sizes"]), tmp_path / "back")
+    assert (logits(back) - want).abs().max() < 1e-5
 
 
 def test_megatrons_form(base: dict[str, Any], tmp_path: Path, invoke: Run) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator
 
     from gptoss_convert.types import TensorSource
-    from gptoss_plugins.adapter.table import Line, Target
+    from gptoss_plugins.adapter.table import Target
 
 
 class Found(NamedTuple):
@@ -37,7 +37,7 @@ def halves(names: Collection[str], one: str, other: str) -> Iterator[str]:
                 yield f"{missing}: is missing, so {name} is half an adapter; save it again"
 
 
-def strange(name: str, table: Sequence[Line]) -> str:
-    """The problem: a factor of what no line of the table is for."""
-    known = [part.rpartition(".")[2] for line in table for part in line.parts]
-    return f"{name}: adapts what cannot be carried over; that can be {', '.join(known)}"
+def strange(name: str, known: Iterable[str]) -> str:
+    """The problem: a factor of what is none of the ``known``."""
+    names = ", ".join(one.replace("{L}", "N") for one in known)
+    return f"{name}: adapts what cannot be carried over; that can be {names}"

@@ -69,7 +69,7 @@ def in_megatron(source: TensorSource, table: Sequence[Line], layers: int, model:
                 f"the model that the adapter was made for"
             )
         elif layer and name.replace(layer[1], "{L}", 1) not in known and not problems:
-            problems.append(strange(name, table))
+            problems.append(strange(name, [line.module for line in table]))
     if problems:
         raise PlanError(where, problems)
     return Found(source, tuple(targets), rank, alpha, base)

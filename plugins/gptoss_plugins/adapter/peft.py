@@ -18,11 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from torch import Tensor
-
     from gptoss_convert.plan import ConversionPlan
-    from gptoss_convert.scratch import Scratch
-    from gptoss_convert.types import GroupWriter, TensorSpec
+    from gptoss_convert.types import GroupWriter
 
 
 class PeftSource(SafetensorsSource):
@@ -50,45 +47,6 @@ class PeftSource(SafetensorsSource):
     def fingerprint(self) -> str:
         """The config counts, too."""
         return super().fingerprint() + (self.path / CONFIG).read_text()
-
-
-class Filled:
-    """A source whose missing tensors are zeros, and some of whose tensors are multiplied.
-
-    Args:
-        source: of the tensors that there are.
-        zeros: specs of the others.
-        factors: by name.
-
-    """
-
-    def __init__(
-        self,
-        source: PeftSource,
-        zeros: Mapping[str, TensorSpec],
-        factors: Mapping[str, float],
-    ) -> None:
-        self._source, self._zeros, self._factors = source, zeros, factors
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._source, name)
-
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """Those that are there, and zeros."""
-        return {**self._source.specs(), **self._zeros}
-
-    def read(self, name: str, rows: slice | None = None, scratch: Scratch | None = None) -> Tensor:
-        """The tensor, or ``rows`` of its dim 0; what is multiplied, in float32 and rounded once."""
-        import torch
-
-        from gptoss_convert.dtypes import torch_dtype
-
-        if (spec := self._zeros.get(name)) is not None:
-            shape = spec.shape if rows is None else (rows.stop - rows.start, *spec.shape[1:])
-            return torch.zeros(shape, dtype=torch_dtype(spec.dtype))
-        found = self._source.read(name, rows, scratch)
-        factor = self._factors.get(name, 1.0)
-        return found if factor == 1 else found.float().mul_(factor).to(found.dtype)
 
 
 class PeftSink:

@@ -12,7 +12,7 @@ from gptoss_convert.untrusted import require_small
 from gptoss_plugins.huggingface.headers import read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
 CONFIG, TENSORS, PICKLED = (
@@ -48,8 +48,9 @@ class PeftConfig:
         rank, alpha: where no pattern says otherwise.
         ranks, alphas: by pattern of the module's name.
         parameters: names, or ends of names, of the parameters that are adapted.
-        modules: likewise of modules; () if the config tells by a regular expression.
-        layers: those that are adapted; None for all.
+        modules: likewise of modules; None if the config tells by a regular expression, or not at all.
+        excluded: likewise of modules that are not adapted all the same.
+        layers: those whose modules are adapted; None for all.
         is_rank_stabilized: the scale is alpha / sqrt(rank) rather than alpha / rank.
         base: how the model is called that it was made for; "" if nothing says.
 
@@ -60,7 +61,8 @@ class PeftConfig:
     ranks: Mapping[str, int] = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
     parameters: tuple[str, ...] = ()
-    modules: tuple[str, ...] = ()
+    modules: tuple[str, ...] | None = None
+    excluded: tuple[str, ...] | None = ()
     layers: tuple[int, ...] | None = None
     is_rank_stabilized: bool = False
     base: str = ""
@@ -76,11 +78,19 @@ class PeftConfig:
 
     def has_parameter(self, name: str) -> bool:
         """Whether a parameter of the model is adapted."""
-        return any(name == end or name.endswith(f".{end}") for end in self.parameters)
+        return _is_among(name, self.parameters)
 
-    def has_module(self, name: str) -> bool:
-        """Whether the config says that a module of the model is adapted."""
-        return any(name == end or name.endswith(f".{end}") for end in self.modules)
+    def has_module(self, name: str, layer: int) -> bool | None:
+        """Whether a module of the model is adapted, which stands on a layer; None if nothing says."""
+        if self.layers is not None and layer not in self.layers:
+            return False
+        if self.modules is None or self.excluded is None:
+            return None
+        return _is_among(name, self.modules) and not _is_among(name, self.excluded)
+
+
+def _is_among(name: str, ends: Iterable[str]) -> bool:
+    return any(name == end or name.endswith(f".{end}") for end in ends)
 
 
 def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -126,11 +136,10 @@ def read_peft_config(folder: Path) -> PeftConfig:
         ranks=_numbers(path, "rank_pattern", raw, int),
         alphas=_numbers(path, "alpha_pattern", raw, float),
         parameters=_names(path, "target_parameters", raw),
-        modules=()
-        if isinstance(raw.get("target_modules"), str)
-        else _names(path, "target_modules", raw),
+        modules=_listed(path, "target_modules", raw),
+        excluded=_listed(path, "exclude_modules", raw) if raw.get("exclude_modules") else (),
         layers=_layers(path, raw.get("layers_to_transform")),
-        is_rank_stabilized=raw.get("use_rslora") is True,
+        is_rank_stabilized=_flag(path, "use_rslora", raw),
         base=base if isinstance(base, str) else "",
     )
 
@@ -154,6 +163,19 @@ def _names(path: Path, name: str, raw: Mapping[str, Any]) -> tuple[str, ...]:
     if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
         raise ConfigError(f"{path}: {name} is {found!r} and no list of names; mend it")
     return tuple(found)
+
+
+def _listed(path: Path, name: str, raw: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Names; None for a regular expression, or nothing."""
+    is_list = raw.get(name) is not None and not isinstance(raw[name], str)
+    return _names(path, name, raw) if is_list else None
+
+
+def _flag(path: Path, name: str, raw: Mapping[str, Any]) -> bool:
+    found = raw.get(name)
+    if not isinstance(found, (bool, type(None))):
+        raise ConfigError(f"{path}: {name} is {found!r}, and neither true nor false; mend it")
+    return bool(found)
 
 
 def _layers(path: Path, value: Any) -> tuple[int, ...] | None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from gptoss_convert.errors import PlanError
-from gptoss_convert.types import TensorSpec
+from gptoss_plugins.adapter.filled import Filled, Made, Pair, padded, scaled, stored, turned, zeros
 from gptoss_plugins.adapter.finding import Found, halves, strange
-from gptoss_plugins.adapter.peft import Filled, PeftSource
 from gptoss_plugins.adapter.peft_config import CONFIG
 from gptoss_plugins.adapter.table import PREFIX, Line, Target, stored_modules
 
@@ -18,7 +17,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from gptoss_plugins.adapter.peft import PeftSource
+
 _LAYER = re.compile(rf"{re.escape(PREFIX)}\D*\.(\d{{1,9}})\.")
+_FACTORS = (".lora_A.weight", ".lora_B.weight")
 
 
 def in_peft(source: PeftSource, table: Sequence[Line], layers: int, model: str) -> Found:
@@ -40,12 +42,11 @@ def in_peft(source: PeftSource, table: Sequence[Line], layers: int, model: str) 
     targets = [target for line in looking.adapted if (target := looking.target(line))]
     if looking.problems:
         raise PlanError(str(source.path), looking.problems)
-    filled = Filled(source, looking.zeros, looking.factors)
-    is_as_stored = not looking.zeros and not looking.factors
+    filled = Filled(source, looking.made, is_wide=looking.is_scaled)
     declared = source.declared
     scale = looking.scale or 1.0
     return Found(
-        source if is_as_stored else filled,
+        filled if looking.made else source,
         tuple(targets),
         declared.rank,
         scale * declared.rank,
@@ -59,50 +60,74 @@ class _Looking:
     Attributes:
         adapted: lines that it adapts on some layer.
         problems: what is wrong, a sentence each.
-        zeros: specs of factors of layers that are not adapted, by name.
-        factors: what makes up for a scale that is not the first one's, by name of B.
-        scale: that of the first target.
+        made: tensors to be offered that are not stored so, by name.
+        scale: that of the first target; a B of another scale makes up for it.
+        is_scaled: whether there is one.
 
     """
 
     def __init__(self, source: PeftSource, table: Sequence[Line], layers: int, model: str) -> None:
         self._source, self._table, self._model = source, table, model
         self._specs, self._layers, self._declared = source.specs(), layers, source.declared
-        experts = [
-            line
-            for line in table
-            if line.experts and any(map(source.declared.has_parameter, self._all(line)))
-        ]
+        experts = [line for line in table if line.experts and any(self._expert_layers(line))]
         every = [line for line in table if not line.experts]
         self._names = stored_modules([*every, *experts])
+        self._own_names = [  # of each layer, on which fewer parameters may be adapted
+            stored_modules([*every, *(line for line in experts if self._is_adapted(line, layer))])
+            for layer in range(layers)
+        ]
         self.adapted = [
             line
             for line in table
             if (line in experts if line.experts else any(self._has(p) for p in line.parts))
         ]
+        self._is_turned = any(self._has_turned(line) for line in self.adapted)
         self.problems: list[str] = []
-        self.zeros: dict[str, TensorSpec] = {}
-        self.factors: dict[str, float] = {}
+        self.made: dict[str, Made] = {}
         self.scale: float | None = None
+        self.is_scaled = False
 
-    def _all(self, line: Line) -> list[str]:
-        """The names of a line of experts on every layer."""
+    def _expert_layers(self, line: Line) -> list[bool]:
+        """Whether the config names a line of experts, on every layer."""
+        return [self._is_adapted(line, layer) for layer in range(self._layers)]
+
+    def _is_adapted(self, line: Line, layer: int) -> bool:
         (part,) = line.parts
-        return [part.replace("{L}", str(layer)) for layer in range(self._layers)]
+        return self._declared.has_parameter(part.replace("{L}", str(layer)))
 
     def _at(self, part: str, factor: str, layer: int) -> str:
+        """The name that a factor is offered by, alike on all layers."""
         return f"{self._names[part]}.lora_{factor}.weight".replace("{L}", str(layer))
+
+    def _stored(self, part: str, factor: str, layer: int) -> str | None:
+        """The name that it is stored by; None if it is not there."""
+        owner = self._own_names[layer].get(part)
+        name = f"{owner}.lora_{factor}.weight".replace("{L}", str(layer))
+        return name if owner is not None and name in self._specs else None
 
     def _has(self, part: str) -> bool:
         """Whether a module has an adapter on any layer."""
-        return any(
-            self._at(part, factor, layer) in self._specs
-            for factor in "AB"
+        layers = range(self._layers)
+        return any(self._stored(part, factor, layer) for factor in "AB" for layer in layers)
+
+    def _has_turned(self, line: Line) -> bool:
+        """Whether experts' inputs were taken for outputs: some versions of PEFT and transformers together
+        do not know that GPT-OSS keeps them the other way round. Of square weights nothing tells.
+        """
+        rows, inputs = line.shape
+        if not line.experts or rows == inputs:
+            return False
+        (part,) = line.parts
+        ends = [
+            (self._specs[a].shape[1:], self._specs[b].shape[:1])
             for layer in range(self._layers)
-        )
+            if (a := self._stored(part, "A", layer)) and (b := self._stored(part, "B", layer))
+        ]
+        return bool(ends) and all(end == ((rows,), (inputs,)) for end in ends)
 
     def require_known_names(self) -> None:
-        """Every tensor is half of an adapter that has its other half, of a layer there is.
+        """Every tensor is half of an adapter that has its other half, of a layer there is, and the config
+        says that it is there.
 
         Raises:
             PlanError: listing those that are not.
@@ -110,141 +135,152 @@ class _Looking:
         """
         specs = self._specs
         problems = [*halves(specs, ".lora_A.", ".lora_B.")]
-        known = {
-            self._at(part, factor, layer)
-            for line in self.adapted
-            for part in line.parts
-            for factor in "AB"
-            for layer in range(self._layers)
-        }
-        for name in specs.keys() - known:
-            layer = _LAYER.match(name)
-            if layer and int(layer[1]) >= self._layers:
-                problems.append(
-                    f"{name}: is of layer {layer[1]}, and {self._model} has {self._layers} layers, "
-                    f"counted from 0; name the model that the adapter was made for"
-                )
-            elif ".experts." in name and not any(line.experts for line in self.adapted):
-                problems.append(
-                    f"{name}: is of a parameter that target_parameters in {CONFIG} does not name; mend "
-                    f"the config"
-                )
-            else:
-                problems.append(strange(name, self._table))
+        known = set()
+        for line in self.adapted:
+            for part in line.parts:
+                for layer in range(self._layers):
+                    both = [self._stored(part, factor, layer) for factor in "AB"]
+                    found = [one for one in both if one is not None]
+                    known.update(found)
+                    name = part.replace("{L}", str(layer))
+                    if line.experts or self._declared.has_module(name, layer) is not False:
+                        continue
+                    problems += [
+                        f"{one}: is there, and target_modules, exclude_modules and "
+                        f"layers_to_transform in {CONFIG} leave it out; mend the config"
+                        for one in found
+                    ]
+        problems += [self._unknown(name) for name in sorted(specs.keys() - known)]
         if not specs:
             problems.append("it has no tensors; save the adapter again")
         if problems:
             raise PlanError(str(self._source.path), problems)
 
+    def _unknown(self, name: str) -> str:
+        """What is wrong with a tensor."""
+        layer = _LAYER.match(name)
+        if not name.startswith(PREFIX) or not name.endswith(_FACTORS):
+            return (
+                f"{name}: is no name that PEFT gives a tensor of a plain LoRA, {PREFIX}[module]"
+                f"{_FACTORS[0]}; save the adapter with its save_pretrained"
+            )
+        if layer and int(layer[1]) >= self._layers:
+            return (
+                f"{name}: is of layer {layer[1]}, and {self._model} has {self._layers} layers, "
+                f"counted from 0; name the model that the adapter was made for"
+            )
+        if ".experts." in name:
+            return (
+                f"{name}: is of a parameter that target_parameters in {CONFIG} does not name; mend "
+                f"the config"
+            )
+        return strange(name, [part for line in self._table for part in line.parts])
+
     def target(self, line: Line) -> Target | None:
         """How a line is adapted; None, and the problems noted, if that makes no sense."""
         ranks = [self._rank(line, part) for part in line.parts]
-        if None in ranks:
-            return None
-        found = [rank or 0 for rank in ranks]
-        if line.experts:
-            return Target(line, found[0], is_shared=self._is_shared(line, found[0]))
-        if len(found) == 1 or (len(set(found)) == 1 and self._have_one_a(line)):
-            return Target(line, found[0])
-        return Target(line, sum(found), tuple(found))
-
-    def _rank(self, line: Line, part: str) -> int | None:
-        """Of a module or parameter on all layers that have it; 0 if none has."""
-        if not line.experts and not self._has(part):
-            return 0
-        ranks, missing = set(), []
-        for layer in range(self._layers):
-            a, b = (self._at(part, factor, layer) for factor in "AB")
-            name = part.replace("{L}", str(layer))
-            if a not in self._specs:
-                if self._must_have(line, name, layer):
-                    self.problems.append(
-                        f"{a}: is missing, and {self._model} has such a layer; name the model that the "
-                        f"adapter was made for"
-                    )
-                missing.append(layer)
-                continue
-            rank = self._declared.rank_of(name)
-            rows = rank * (line.experts or 1)
-            if self._specs[a].shape[:1] != (rows,):
-                self.problems.append(
-                    f"{a}: is {self._specs[a]} where a rank of {rank}"
-                    f"{f' for {line.experts} experts' if line.experts else ''} makes {rows} rows; "
-                    f"{CONFIG} tells another rank, or {self._model} is another model"
-                )
-            ranks.add(rank)
-            self._note_scale(b, self._declared.scale_of(name))
-        if len(ranks) > 1:
-            self.problems.append(
-                f"{part}: has ranks {sorted(ranks)} on different layers, and Megatron has one for all; "
-                f"train it with one rank"
-            )
         if self.problems:
             return None
-        rank = ranks.pop()
-        self._fill(line, part, rank, missing)
-        return rank
+        if line.experts:
+            return Target(line, ranks[0], is_shared=self._is_shared(line))
+        if len(ranks) == 1 or (len(set(ranks)) == 1 and self._have_one_a(line)):
+            return Target(line, ranks[0])
+        return Target(line, sum(ranks), tuple(ranks))
+
+    def _rank(self, line: Line, part: str) -> int:
+        """Of a module or parameter, the highest of all layers; 0 if none has any."""
+        ranks: dict[int, int] = {}
+        for layer in range(self._layers):
+            name = part.replace("{L}", str(layer))
+            if self._stored(part, "A", layer) is None:
+                if self._must_have(line, name, layer):
+                    self.problems.append(
+                        f"{self._at(part, 'A', layer)}: is missing, though {CONFIG} tells of it and "
+                        f"{self._model} has such a layer; save the adapter again, or name the model "
+                        f"that it was made for"
+                    )
+                continue
+            ranks[layer] = self._declared.rank_of(name)
+            self._require_rank(line, part, layer, ranks[layer])
+        if not ranks or self.problems:
+            return 0
+        most = max(ranks.values())
+        dtypes = [spec.dtype for spec in self._pair(line, part, next(iter(ranks))).specs]
+        for layer in range(self._layers):
+            if layer in ranks:
+                pair = self._pair(line, part, layer)
+                if ranks[layer] < most:
+                    pair = padded(pair, line.experts or 1, most)
+                scale = self._declared.scale_of(part.replace("{L}", str(layer)))
+                pair = self._at_one_scale(pair, scale)
+            else:
+                rows, inputs = line.shape
+                if not line.experts:
+                    rows = line.rows[line.parts.index(part)]
+                pair = zeros(rows, inputs, most * (line.experts or 1), dtypes)
+            for factor, made in zip("AB", pair, strict=True):
+                if made.stored != (name := self._at(part, factor, layer)):
+                    self.made[name] = made
+        return most
+
+    def _require_rank(self, line: Line, part: str, layer: int, rank: int) -> None:
+        """Note factors that are of another rank than the config says."""
+        size = rank * (line.experts or 1)
+        for factor, dim, axis in (("A", 0, "rows"), ("B", 1, "columns")):
+            name = cast("str", self._stored(part, factor, layer))
+            spec = self._specs[name]
+            if len(spec.shape) == 2 and spec.shape[dim] == size:
+                continue
+            self.problems.append(
+                f"{name}: is {spec} where a rank of {rank}"
+                f"{f' for {line.experts} experts' if line.experts else ''} makes {size} {axis}; "
+                f"{CONFIG} tells another rank, or {self._model} is another model"
+            )
 
     def _must_have(self, line: Line, name: str, layer: int) -> bool:
         """Whether the config says that a layer is adapted."""
         if line.experts:
             return self._declared.has_parameter(name)
-        if self._declared.layers is not None:
-            return layer in self._declared.layers
-        return self._declared.has_module(name)
+        return self._declared.has_module(name, layer) is True
 
-    def _note_scale(self, name: str, scale: float) -> None:
+    def _pair(self, line: Line, part: str, layer: int) -> Pair:
+        """What is stored of a layer."""
+        names = [cast("str", self._stored(part, factor, layer)) for factor in "AB"]
+        pair = stored(self._source, *names)
+        return turned(pair, line.experts) if line.experts and self._is_turned else pair
+
+    def _at_one_scale(self, pair: Pair, scale: float) -> Pair:
+        """B takes up the quotient of its scale and the first one's."""
         if self.scale is None:
             self.scale = scale
-        if not math.isclose(scale, self.scale, rel_tol=1e-12):
-            self.factors[name] = scale / self.scale
-
-    def _fill(self, line: Line, part: str, rank: int, missing: Sequence[int]) -> None:
-        present = next(layer for layer in range(self._layers) if layer not in missing)
-        dtypes = [self._specs[self._at(part, factor, present)].dtype for factor in "AB"]
-        rows, inputs = line.shape
-        if not line.experts:
-            rows = line.rows[line.parts.index(part)]
-        columns = rank * (line.experts or 1)
-        for layer in missing:
-            for factor, dtype, shape in zip(
-                "AB", dtypes, ((columns, inputs), (rows, columns)), strict=True
-            ):
-                self.zeros[self._at(part, factor, layer)] = TensorSpec(shape, dtype)
+        if math.isclose(scale, self.scale, rel_tol=1e-12):
+            return pair
+        self.is_scaled = True
+        return scaled(pair, scale / self.scale)
 
     def _have_one_a(self, line: Line) -> bool:
         """Whether all modules of a line have the same A, on every layer."""
         import torch
 
         for layer in range(self._layers):
-            names = [self._at(part, "A", layer) for part in line.parts]
-            first, *others = (self._read(name) for name in names)
+            first, *others = (self._read(part, "A", layer) for part in line.parts)
             if not all(torch.equal(first, other) for other in others):
                 return False
         return True
 
-    def _is_shared(self, line: Line, rank: int) -> bool:
+    def _is_shared(self, line: Line) -> bool:
         """Whether all experts have the same adapter, on every layer."""
-        (part,) = line.parts
-        if line.experts < 2:
+        (part,), experts = line.parts, line.experts
+        if experts < 2:
             return False
-        return all(
-            self._are_alike(line, self._at(part, "A", layer), self._at(part, "B", layer), rank)
-            for layer in range(self._layers)
-        )
+        for layer in range(self._layers):
+            a, b = (self._read(part, factor, layer) for factor in "AB")
+            each = a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts))
+            if (each[0] != each[0][:1]).any() or (each[1] != each[1][..., :1]).any():
+                return False
+        return True
 
-    def _are_alike(self, line: Line, a: str, b: str, rank: int) -> bool:
-        if a in self.zeros:
-            return True
-        one, two = (self._read(name) for name in (a, b))
-        if tuple(one.shape) != (rank * line.experts, line.shape[1]) or two.dim() != 2:
-            return False  # of another model, as will be said
-        if two.shape[1] != rank * line.experts:
-            return False
-        each = one.unflatten(0, (line.experts, -1)), two.unflatten(1, (-1, line.experts))
-        return bool((each[0] == each[0][:1]).all() and (each[1] == each[1][..., :1]).all())
-
-    def _read(self, name: str) -> Tensor:
-        import torch
-
-        return torch.zeros(()) if name in self.zeros else self._source.read(name)
+    def _read(self, part: str, factor: str, layer: int) -> Tensor:
+        name = self._at(part, factor, layer)
+        made = self.made.get(name)
+        return made.make() if made else self._source.read(name)
