@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -28,6 +29,8 @@ NASTY = [
     "~/x;#&|<>(){}[]!",
     "%a %% 100%",
     "é→🏖️",
+    "DOS\r\nand\r'\r\n",
+    "-- --prompt",
 ]
 
 
@@ -105,10 +108,12 @@ def _run(script: str, folder: Path, **environment: str) -> list[str]:
         "SLURM_JOB_NUM_NODES": "2",
         **environment,
     }
-    done = subprocess.run(["bash"], input=script, text=True, cwd=folder, env=around, check=False)
+    data = script.encode()
+    assert b"\r\n" not in data  # or sbatch refuses it
+    done = subprocess.run(["bash"], input=data, cwd=folder, env=around, check=False)
     assert done.returncode == 5  # the step's
     assert not (folder / "hacked").exists()
-    return seen.read_text().split("\0")[:-1]
+    return seen.read_bytes().decode().split("\0")[:-1]
 
 
 def test_words_and_variables_arrive_as_they_were(invoke: RunCli, tmp_path: Path) -> None:
@@ -117,7 +122,7 @@ def test_words_and_variables_arrive_as_they_were(invoke: RunCli, tmp_path: Path)
     words = ["generate", "--hf-model", "m", "--ep", "4", *prompts]
     got = _run(dry(invoke, *variables, "--", *words), tmp_path)
     assert got[got.index("gptoss_convert") + 1 :] == words
-    kept = (tmp_path / "seen.env").read_text().split("\0")
+    kept = (tmp_path / "seen.env").read_bytes().decode().split("\0")
     assert {f"V{number}={value}" for number, value in enumerate(NASTY)} <= set(kept)
 
 
@@ -129,7 +134,7 @@ def test_launchers_meet_at_the_first_node(invoke: RunCli, tmp_path: Path) -> Non
         *("--nnodes=2", "--nproc_per_node=8", "--rdzv_id=41.3", "--rdzv_backend=c10d"),
         *("--rdzv_endpoint=node-7:10041", "-m"),
     ]
-    kept = (tmp_path / "seen.env").read_text().split("\0")
+    kept = (tmp_path / "seen.env").read_bytes().decode().split("\0")
     assert {"NCCL_NVLS_ENABLE=1", "TORCH_NCCL_HIGH_PRIORITY=1"} <= set(kept)
 
 
@@ -159,6 +164,21 @@ def test_as_few_nodes_as_the_layout_needs(
 ) -> None:
     script = dry(invoke, "--", *words.split())
     assert f"#SBATCH --nodes={nodes}\n" in script
+    assert f"#SBATCH --gpus-per-node={gpus}\n" in script
+
+
+@pytest.mark.parametrize(
+    ("nodes", "words", "gpus"),
+    [
+        (2, "sft --recipe 20b", 8),  # more than it needs: of full ones
+        (1, "sft --recipe 20b model.expert_model_parallel_size=4", 4),
+        (2, "generate --hf-model m --tp 2 --ep 3 --pp 2", 6),
+    ],
+)
+def test_nodes_that_are_asked_for_are_full_unless_none_needs_to_be(
+    nodes: int, words: str, gpus: int, invoke: RunCli
+) -> None:
+    script = dry(invoke, "--nodes", nodes, "--", *words.split())
     assert f"#SBATCH --gpus-per-node={gpus}\n" in script
 
 
@@ -206,6 +226,10 @@ def test_as_few_nodes_as_the_layout_needs(
         ("--env HF_TOKEN=hf_x -- verify a b", "export HF_TOKEN, and say --env HF_TOKEN"),
         ("--env NOT_SET_ANYWHERE -- verify a b", "NOT_SET_ANYWHERE: is not set here"),
         ("--env 1=2 -- verify a b", "--env 1=2: is neither NAME=VALUE nor NAME"),
+        ("--sbatch 'qos\nid' -- verify a b", "--sbatch 'qos\\nid': is no NAME=VALUE of sbatch"),
+        ("--sbatch '' -- verify a b", "--sbatch '': is no NAME=VALUE of sbatch"),
+        ("--sbatch nodes=3 -- pretrain --recipe 20b", "launch slurm itself says sbatch's --nodes"),
+        ("--sbatch 'comment=a\nb' -- verify a b", "characters that cannot stand in a script"),
         ("--name 'a\nb' -- verify a b", "characters that cannot stand in a script"),
         ("--follow --array 1 -- verify a b", "leave --json and --array out"),
         ("--nodes 2", "say after -- which command"),
@@ -216,6 +240,109 @@ def test_what_cannot_run_is_refused_in_a_sentence(words: str, told: str, invoke:
     assert found.returncode == 2
     assert told in found.stderr
     assert not found.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        ("-- export --megatron-path m --hf-path .", "HERE.launch"),
+        ("-- export --megatron-path m --hf-path /", "/.launch"),
+        ("-- pretrain --recipe tiny checkpoint.save=a/../b", "HERE/b.launch"),
+        ("--name ../a/b -- verify a b", "/workspace/results/.._a_b.launch"),
+        ("--name . -- verify a b", "/workspace/results/..launch"),
+        ("--job-dir a -- verify a b", "HERE/a"),
+    ],
+)
+def test_script_and_log_are_beside_the_results(words: str, folder: str, invoke: RunCli) -> None:
+    script = dry(invoke, *shlex.split(words))
+    assert f"#SBATCH --output={folder.replace('HERE', str(Path.cwd()))}/%j.log\n" in script
+
+
+def test_a_task_of_an_array_speaks_of_itself_alone(invoke: RunCli) -> None:
+    script = dry(invoke, "--array", "0-3", "--requeue", "--", "verify", "%a", "b")
+    task = '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"'  # one has the whole array's number
+    for command in ("scancel --signal=TERM", "scontrol show job", "scontrol requeue"):
+        assert f"{command} {task}" in script
+        assert f'{command} "$SLURM_JOB_ID"' not in script
+
+
+def test_a_job_that_would_begin_anew_is_warned_of(invoke: RunCli) -> None:
+    other = ["checkpoint.save=a", "checkpoint.load=b"]
+    for options, words, warned in (
+        (["--requeue"], ["checkpoint.save=a"], False),  # which checkpoint.load follows
+        (["--requeue"], ["checkpoint.save=null"], True),
+        (["--requeue"], other, True),
+        ([], other, False),
+    ):
+        command = ["launch", "slurm", "--dry-run", *options, "--", "pretrain", "--recipe", "tiny"]
+        found = invoke(*command, *words)
+        assert found.returncode == 0
+        assert ("warning: the job begins anew" in found.stderr) == warned
+
+
+def test_a_container_has_the_folder_that_it_works_in(
+    invoke: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--container-image", "i", "--", "verify", "a", "b"]
+    (tmp_path / "a b").mkdir()
+    monkeypatch.chdir(tmp_path / "a b")
+    got = _run(dry(invoke, *words), tmp_path)
+    here = tmp_path / "a b"
+    assert {f"--container-mounts={here}:{here}", f"--container-workdir={here}"} <= set(got)
+    (tmp_path / "a:b").mkdir()
+    monkeypatch.chdir(tmp_path / "a:b")
+    found = invoke("launch", "slurm", "--dry-run", *words)
+    assert found.returncode == 2
+    assert "a:b: cannot be mounted into a container" in found.stderr
+
+
+def _sbatch(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Slurm that does this in place of taking a script."""
+    for name in ("sbatch", "scontrol"):
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(stat.S_IRWXU)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_what_is_no_utf8_arrives(
+    invoke: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _sbatch(tmp_path, "echo 7", monkeypatch)
+    words = ["--job-dir", tmp_path, "--env", "A=\udcfe", "--", "verify", "\udcff", "b"]
+    found = invoke("launch", "slurm", *words)
+    assert found.returncode == 0, found.stderr
+    script = (tmp_path / "7.sbatch").read_bytes()
+    assert b"export A='\xfe'\n" in script
+    assert b"    '\xff'\n" in script
+
+
+def test_nothing_is_left_of_a_script_that_slurm_refuses(
+    invoke: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _sbatch(tmp_path, 'echo "sbatch: error: no" >&2; exit 1', monkeypatch)
+    found = invoke("launch", "slurm", "--job-dir", tmp_path / "jobs", "--", "verify", "a", "b")
+    assert found.returncode == 1
+    assert "sbatch: error: no" in found.stderr
+    assert not list((tmp_path / "jobs").iterdir())
+
+
+def test_jobs_launched_at_once_into_a_folder_keep_their_own_scripts(
+    run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    # its number is the word that the script holds, once all have been handed in
+    waits = 'touch "$2.in"; for _ in {1..99}; do (($(find . -name "*.in" | wc -l) == 3)) && break; sleep 0.2; done'
+    _sbatch(tmp_path, f"cd {tmp_path}; {waits}; grep -o 'word-[0-9]*' \"$2\"", monkeypatch)
+    words = [f"word-{number}" for number in (3, 5, 8)]
+
+    def launched(word: str) -> Any:
+        return run_cli("launch", "slurm", "--job-dir", tmp_path / "jobs", "--", "verify", word, "b")
+
+    with ThreadPoolExecutor(3) as pool:
+        assert [found.returncode for found in pool.map(launched, words)] == [0, 0, 0]
+    for word in words:
+        assert f"\n    {word}\n" in (tmp_path / "jobs" / f"{word}.sbatch").read_text()
 
 
 @pytest.mark.parametrize(
@@ -252,6 +379,19 @@ def test_launch_local_starts_what_the_layout_needs(invoke: RunCli) -> None:
     refused = invoke("launch", "local", "--nproc-per-node", 7, "--", *words)
     assert refused.returncode == 2
     assert "say --nproc-per-node 6" in refused.stderr
+
+
+def test_launch_local_sets_variables(run_cli: RunCli, invoke: RunCli) -> None:
+    words = ["--env", "GPTOSS_CONVERT_PLUGINS=é '$x'", "--env", "HOME"]
+    shown = invoke("launch", "local", *words, "--dry-run", "--", "plugins")
+    assert shlex.split(shown.stdout)[:3] == ["env", words[1], sys.executable]
+    refused = invoke("launch", "local", "--env", "HF_TOKEN=hf_x", "--", "plugins")
+    assert refused.returncode == 2
+    assert "export HF_TOKEN, and say --env HF_TOKEN" in refused.stderr
+    assert "hf_x" not in refused.stderr
+    few = ["--env", "GPTOSS_CONVERT_PLUGINS=gptoss", "--", "plugins", "--json"]
+    found = run_cli("launch", "local", *few)
+    assert {plugin["name"] for plugin in json.loads(found.stdout)["plugins"]} == {"gptoss"}
 
 
 def test_launch_local_shares_a_conversion(

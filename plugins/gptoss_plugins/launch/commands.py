@@ -16,6 +16,12 @@ from gptoss_convert.program import INTERRUPTED, echo_json
 SCHEMA = "gptoss-convert.launch/1"
 _words = click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="-- COMMAND...")
 _debug = click.option("--debug", is_flag=True, help="Show where an error comes from.")
+_env = click.option(
+    "--env",
+    multiple=True,
+    metavar="NAME[=VALUE]",
+    help="Variable for the command, with a value or with that it has here (repeatable).",
+)
 _dry_run = click.option("--dry-run", is_flag=True, help="Show what would be run, and run nothing.")
 _processes = click.option(
     "--nproc-per-node",
@@ -65,12 +71,7 @@ _surroundings = together(
         metavar="SRC:DST,...",
         help="What the container sees; $CONTAINER_MOUNTS if left out.",
     ),
-    click.option(
-        "--env",
-        multiple=True,
-        metavar="NAME[=VALUE]",
-        help="Variable for the command, with a value or with that it has here (repeatable).",
-    ),
+    _env,
 )
 
 
@@ -129,7 +130,7 @@ def slurm(
     """Submit a command to Slurm.
 
     The script stays beside the results, with the log. Example: launch slurm --time 24:00:00 --requeue
-    -- pretrain --recipe 20b checkpoint.save=results/a checkpoint.load=results/a
+    -- pretrain --recipe 20b checkpoint.save=results/a
     """
     from gptoss_plugins.launch import submit
     from gptoss_plugins.launch.inner import look_at
@@ -160,7 +161,7 @@ def slurm(
             }
         )
     elif job is None:
-        click.echo(text, nl=False)
+        click.echo(text.encode(errors="surrogateescape"), nl=False)
     elif not follow:
         click.echo(f"submitted job {job.number}: log {job.log}, script {job.script}")
     if job and follow:
@@ -179,20 +180,33 @@ def _request(inner: Any, options: dict[str, Any]) -> Any:
     env, passed = variables(options.pop("env"))
     ahead = ahead_of(options.pop("ahead"), options["time"])
     name = options.pop("name") or inner.name
-    target = None if options["array"] else inner.target  # each task has another
-    target = target or workspace() / "results" / name
-    job_dir = (options.pop("job_dir") or target.with_name(f"{target.name}.launch")).absolute()
+    results = os.path.join(workspace(), "results", name.replace("/", "_"))
+    if inner.target and not options["array"]:  # each task has another
+        results = os.path.abspath(inner.target)  # "." and ".." have no name
+    job_dir = (options.pop("job_dir") or Path(f"{results}.launch")).absolute()
+    if options["requeue"] and inner.begins_anew:
+        click.echo(
+            "warning: the job begins anew whenever it starts again; say the same folder as checkpoint.save "
+            "and checkpoint.load",
+            err=True,
+        )
     return Request(job_dir, name, ahead=ahead, env=env, passed=passed, **options)
 
 
 @launch.command("local")
 @_processes
+@_env
 @_dry_run
 @_debug
 @_words
 @click.pass_context
 def local(
-    ctx: click.Context, words: tuple[str, ...], processes: int | None, dry_run: bool, debug: bool
+    ctx: click.Context,
+    words: tuple[str, ...],
+    processes: int | None,
+    env: tuple[str, ...],
+    dry_run: bool,
+    debug: bool,
 ) -> None:
     """Run a command on several processes of this machine.
 
@@ -200,11 +214,16 @@ def local(
     """
     from gptoss_plugins.launch.inner import look_at
     from gptoss_plugins.launch.local import command_of
+    from gptoss_plugins.launch.request import variables
     from gptoss_plugins.launch.size import size_here
 
     inner = look_at(ctx, words)
+    chosen, _ = variables(env)
     command = command_of(inner, size_here(inner, processes))
     if dry_run:
-        click.echo(shlex.join(command))
+        before = ["env", *(f"{name}={value}" for name, value in chosen)] if chosen else []
+        click.echo(shlex.join([*before, *command]))
     else:
-        os.execv(command[0], command)  # signals and the exit code are the launcher's
+        os.execve(
+            command[0], command, {**os.environ, **dict(chosen)}
+        )  # signals and the exit code are the launcher's

@@ -56,6 +56,14 @@ class Inner:
     target: Path | None = None
     config: TrainingConfig | None = None
 
+    @property
+    def begins_anew(self) -> bool:
+        """Whether it is a training that, run again, does not go on from what it saved."""
+        if self.config is None:
+            return False
+        checkpoint = self.config.checkpoint
+        return not checkpoint.save or checkpoint.load != checkpoint.save
+
 
 def look_at(ctx: click.Context, words: Sequence[str]) -> Inner:
     """Read a command line as the command itself would, options and all.

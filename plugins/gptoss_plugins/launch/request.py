@@ -18,6 +18,21 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _ARRAY = re.compile(r"[0-9][0-9,:-]*(%[0-9]+)?")
 # minutes, minutes:seconds, hours:minutes:seconds, days-hours, and so on, as sbatch has them
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+_OPTION = re.compile(r"[a-z][a-z0-9-]*")
+# Options of sbatch on which the script relies.
+_OWN = (
+    *(
+        "array",
+        "gpus-per-node",
+        "job-name",
+        "nodes",
+        "no-requeue",
+        "ntasks",
+        "ntasks-per-node",
+        "output",
+    ),
+    *("requeue", "signal", "time"),
+)
 _SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$", re.IGNORECASE)
 
 
@@ -60,6 +75,15 @@ class Request:
     def __post_init__(self) -> None:
         if self.array is not None and not _ARRAY.fullmatch(self.array):
             raise UsageError(f"--array {self.array}: is no list of numbers such as 0-3 or 1,5%2")
+        for word in self.further:
+            name = word.removeprefix("--").partition("=")[0]
+            if not _OPTION.fullmatch(name):
+                raise UsageError(f"--sbatch {word!r}: is no NAME=VALUE of sbatch, such as qos=high")
+            if name in _OWN:
+                raise UsageError(
+                    f"--sbatch {word}: launch slurm itself says sbatch's --{name}; its own options "
+                    f"do so (launch slurm --help)"
+                )
         if self.container_mounts and not self.container_image:
             raise UsageError("--container-mounts needs a container; name it by --container-image")
 
@@ -121,7 +145,7 @@ def variables(
             raise UsageError(f"--env {word}: is neither NAME=VALUE nor NAME")
         if equals and _SECRET.search(name):
             raise UsageError(
-                f"--env {name}=...: would stand in the script for others to read; export {name}, and "
+                f"--env {name}=...: would stand where others can read it; export {name}, and "
                 f"say --env {name}"
             )
         if equals:

@@ -55,6 +55,8 @@ if [[ $ahead ]] || preempted || { ((status)) && [[ ! $told ]] && lost; }; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 """
+# The last task of an array has the array's number, which to Slurm's programs means all of its tasks.
+_JOB, _TASK = '"$SLURM_JOB_ID"', '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"'
 _OVER = """\
 if [[ $ahead$told ]]; then echo "told to stop; launch again to go on" >&2; fi
 """
@@ -80,12 +82,18 @@ def render(inner: Inner, size: Size, request: Request, folder: Path) -> str:
         _command(inner, request),
         _launcher(inner, size, request),
         _TOLD,
-        _step(inner, size, request)
+        _step(inner, size, request, folder)
         + _END
         + (_AGAIN if request.requeue else _OVER)
         + 'exit "$status"\n',
     ]
-    return "\n".join(part for part in parts if part)
+    text = "\n".join(part for part in parts if part)
+    return text.replace(_JOB, _TASK) if request.array else text
+
+
+def _quoted(word: str) -> str:
+    """For bash; sbatch takes no script with a line that ends as DOS has it, be it within quotes."""
+    return shlex.quote(word).replace("\r", "'$'\\r''")
 
 
 def _comment(inner: Inner, size: Size) -> str:
@@ -151,14 +159,14 @@ def _environment(inner: Inner, request: Request) -> str:
         for name, value in sorted(defaults.items())
         if name not in dict(request.env)
     ]
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in request.env]
+    lines += [f"export {name}={_quoted(value)}" for name, value in request.env]
     if request.cpus_per_task:
         lines.append('export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"')
     return "".join(f"{line}\n" for line in lines)
 
 
 def _command(inner: Inner, request: Request) -> str:
-    quote = _numbered if request.array else shlex.quote
+    quote = _numbered if request.array else _quoted
     return _array("command", (quote(word) for word in inner.words))
 
 
@@ -166,7 +174,7 @@ def _numbered(word: str) -> str:
     """A word in which %a is the number of the task, and %% a %, as in sbatch's names of files."""
     parts = re.split("(%[a%])", word)
     shown = {"%a": '"$SLURM_ARRAY_TASK_ID"', "%%": "%"}
-    return "".join(shown.get(part) or shlex.quote(part) for part in parts if part) or "''"
+    return "".join(shown.get(part) or _quoted(part) for part in parts if part) or "''"
 
 
 def _launcher(inner: Inner, size: Size, request: Request) -> str:
@@ -184,20 +192,33 @@ def _launcher(inner: Inner, size: Size, request: Request) -> str:
     return head + _array("launcher", words)
 
 
-def _step(inner: Inner, size: Size, request: Request) -> str:
+def _step(inner: Inner, size: Size, request: Request, folder: Path) -> str:
     """The step in the background, because bash hears no signal while it runs something else."""
     words = ["srun"]
     if inner.kind == "ranks":
         words.append("--kill-on-bad-exit=1")  # the others would wait for it
     words.append("--cpu-bind=none")  # a launcher's ranks share the node's cores
     if request.container_image:
-        words.append(f"--container-image={shlex.quote(request.container_image)}")
-        if request.container_mounts:
-            words.append(f"--container-mounts={shlex.quote(request.container_mounts)}")
+        words.append(f"\\\n{_INDENT}--container-image={_quoted(request.container_image)}")
+        words.append(f"\\\n{_INDENT}--container-mounts={_quoted(_mounts(request, folder))}")
+        words.append(f"\\\n{_INDENT}--container-workdir={_quoted(str(folder))}")  # else the image's
         if names := [*(name for name, _ in request.env), *request.passed]:
-            words.append(f"--container-env={','.join(names)}")  # before the image's own
+            words.append(
+                f"\\\n{_INDENT}--container-env={','.join(names)}"
+            )  # before the image's own
+        words.append(f"\\\n{_INDENT[:-1]}")
     words += ['"${launcher[@]}"', '"${command[@]}"', "&"]
     return " ".join(words) + "\n"
+
+
+def _mounts(request: Request, folder: Path) -> str:
+    """What was asked for, and the folder of the command: what is in no mount goes with the container."""
+    if re.search("[,:]", str(folder)) or folder == folder.parent:
+        raise UsageError(
+            f"{folder}: cannot be mounted into a container by its name; launch from another folder"
+        )
+    asked = request.container_mounts
+    return f"{asked},{folder}:{folder}" if asked else f"{folder}:{folder}"
 
 
 def _array(name: str, words: Iterator[str] | list[str]) -> str:

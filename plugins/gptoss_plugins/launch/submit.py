@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -16,7 +18,6 @@ from gptoss_convert.errors import ConvertError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 # Of a job that will not run again; all others are on their way.
 _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
@@ -61,10 +62,14 @@ def submit(text: str, folder: Path, *, array: bool) -> Job:
 
     """
     require_slurm()
-    coming = folder / "coming.sbatch"
-    write_note(coming, text.encode())
-    number = _told(["sbatch", "--parsable", str(coming)]).partition(";")[0].strip()
-    script = coming.rename(folder / f"{number}.sbatch")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        dir=folder, prefix=".coming-"
+    ) as own:  # others launch here, too
+        coming = Path(own) / "job.sbatch"
+        write_note(coming, text.encode(errors="surrogateescape"))
+        number = _told(["sbatch", "--parsable", str(coming)]).partition(";")[0].strip()
+        script = coming.rename(folder / f"{number}.sbatch")
     return Job(number, script, folder / (f"{number}_%a.log" if array else f"{number}.log"))
 
 
