@@ -184,6 +184,26 @@ def test_wrong_words(made: dict[str, Path], tmp_path: Path, invoke: Run) -> None
         assert not out.exists()
 
 
+def test_a_folder_of_more(made: dict[str, Path], tmp_path: Path, invoke: Run) -> None:
+    """The adapter of a folder that holds its model, too, is found; that in a folder below is named."""
+    shutil.copytree(made["peft"], tmp_path / "both")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(made["hf"] / name, tmp_path / "both")
+    base = ("--hf-model", made["hf"])
+    done = invoke(
+        "adapter", "import", "--adapter", tmp_path / "both", *base, "--output", tmp_path / "a"
+    )
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(made["peft"], tmp_path / "named/mine")
+    words = ("--adapter", tmp_path / "named", *base, "--output", tmp_path / "out")
+    refused(invoke("adapter", "import", *words), tmp_path / "out", "you mean (mine)")
+    (tmp_path / "named/mine/adapter_config.json").unlink()
+    words = ("--adapter", tmp_path / "named/mine", *base, "--output", tmp_path / "out")
+    refused(
+        invoke("adapter", "import", *words), tmp_path / "out", "adapter_config.json: is missing"
+    )
+
+
 def test_a_pickle_is_not_read(made: dict[str, Path], tmp_path: Path, invoke: Run) -> None:
     shutil.copytree(made["peft"], tmp_path / "bad")
     (tmp_path / "bad/adapter_model.safetensors").rename(tmp_path / "bad/adapter_model.bin")
@@ -198,7 +218,10 @@ def test_no_scale(made: dict[str, Path], tmp_path: Path, invoke: Run) -> None:
     for text, sentence in (
         (path.read_text().replace("peft.lora.LoRA", "peft.dora.DoRA"), "peft is DoRA"),
         (path.read_text().replace("peft:", "pfft:"), "is no run config"),
-        (path.read_text().replace("alpha: 5", "alpha: -5"), "peft.alpha"),
+        (path.read_text().replace("alpha: 5", "alpha: -5"), "peft.alpha is -5"),
+        (path.read_text().replace("alpha: 5", "alfa: 5"), "peft.alpha is None"),
+        (path.read_text().replace("dim: 3", "dim: 3.5"), "peft.dim is 3.5"),
+        (path.read_text().replace("dim: 3", "dim: 4"), "of rank 3, 9"),
         ("", "run_config.yaml"),
     ):
         path.write_text(text)

@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 
 
 def detect(folder: Path) -> bool:
-    """A folder with an ``adapter_config.json``."""
-    return (folder / "adapter_config.json").is_file()
+    """A folder with an ``adapter_config.json``, or one whose only weights want one."""
+    if (folder / "adapter_config.json").is_file():
+        return True
+    is_model = (folder / "config.json").exists()
+    return (folder / "adapter_model.safetensors").is_file() and not is_model
 
 
 def open_folder(folder: Path) -> TensorSource:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from gptoss_convert.errors import CheckpointError, ConfigError, PlanError
 from gptoss_plugins.adapter.finding import Found, halves, strange
+from gptoss_plugins.adapter.peft_config import number_of
 from gptoss_plugins.adapter.table import Target
 from gptoss_plugins.megatron.folder import RUN_CONFIG
 from gptoss_plugins.megatron.keys import ADAPTER
@@ -58,6 +59,11 @@ def in_megatron(source: TensorSource, table: Sequence[Line], layers: int, model:
         for target in targets
         if not target.rank
     ]
+    if targets and rank not in (ranks := sorted({target.rank for target in targets})):
+        problems.append(
+            f"{RUN_CONFIG}: peft.dim is {rank}, and its tensors are of rank "
+            f"{', '.join(map(str, ranks))}; restore it"
+        )
     known = {target.name(factor) for target in targets for factor in ("linear_in", "linear_out")}
     for name in specs:
         layer = _LAYER.match(name)
@@ -90,11 +96,8 @@ def _declared(source: TorchDistSource) -> tuple[int, float, str]:
     for name in _OTHER:
         if section.get(name):
             raise ConfigError(f"{path}: peft.{name} is not known here; train without it")
-    rank, alpha = (section.get(name, 32) for name in ("dim", "alpha"))  # Megatron-Bridge's defaults
-    for name, value in (("dim", rank), ("alpha", alpha)):
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e6:
-            raise ConfigError(f"{path}: peft.{name} is {value!r} and no positive number; mend it")
-    return int(rank), float(alpha), _base(source)
+    rank = number_of(path, "peft.dim", section.get("dim"), int)
+    return rank, number_of(path, "peft.alpha", section.get("alpha"), float), _base(source)
 
 
 def _base(source: TorchDistSource) -> str:

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptoss_convert.dtypes import FLOATS
-from gptoss_convert.errors import CheckpointError, PlanError, UsageError
+from gptoss_convert.errors import (
+    CheckpointError,
+    NoCheckpointError,
+    PlanError,
+    PluginError,
+    UsageError,
+)
 from gptoss_convert.fit import Fitter
 from gptoss_convert.logical import Logical, read
-from gptoss_convert.opening import open_source
+from gptoss_convert.opening import Choice, open_source
 from gptoss_convert.pieces import Piece
 from gptoss_convert.plan import make_step, to_megatron
 from gptoss_convert.scratch import Scratch
 from gptoss_plugins.adapter.megatron_targets import in_megatron
 from gptoss_plugins.adapter.peft import PeftSource
+from gptoss_plugins.adapter.peft_config import CONFIG
 from gptoss_plugins.adapter.peft_targets import in_peft
 from gptoss_plugins.adapter.table import adapter_family, lines
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from torch import Tensor
 
@@ -55,6 +62,10 @@ class Adapter:
     def scale(self) -> float:
         """What B A is multiplied with."""
         return self.alpha / self.rank
+
+    def alpha_of(self, rank: int) -> float:
+        """The alpha that gives another rank the same scale."""
+        return self.alpha * rank / self.rank
 
     def require_side(self, side: Side) -> None:
         """Raise UsageError unless it is in PEFT's form (``hf``), or in Megatron's."""
@@ -112,7 +123,7 @@ def open_adapter(
         ConvertError: it is no adapter, or none that can be carried over.
 
     """
-    source = open_source(path, registry=registry)
+    source = _open(path, registry)
     layers = to_megatron(family, config, model)["num_layers"]
     table = lines(family, config)
     is_peft = isinstance(source, PeftSource)
@@ -130,6 +141,22 @@ def open_adapter(
         raise PlanError(str(source.path), problems)
     steps = {(step.rule.megatron, step.layer): step for step in logical.steps.values()}
     return Adapter(logical, found.targets, found.rank, found.alpha, found.base, steps)
+
+
+def _open(path: str | Path, registry: Registry) -> TensorSource:
+    """The adapter of a folder that may hold its model, too."""
+    try:
+        return open_source(path, registry=registry)
+    except PluginError:
+        return open_source(path, registry=registry, choice=Choice(format="peft"))
+    except NoCheckpointError:
+        folder = Path(path).expanduser()
+        names = sorted(found.parent.name for found in folder.glob(f"*/{CONFIG}"))
+        if not names:
+            raise
+        raise CheckpointError(
+            f"{folder}: holds no adapter itself; name the one in it that you mean ({', '.join(names)})"
+        ) from None
 
 
 def _fit(

@@ -131,8 +131,8 @@ def read_peft_config(folder: Path) -> PeftConfig:
             )
     base = raw.get("base_model_name_or_path")
     return PeftConfig(
-        rank=_number(path, "r", raw.get("r"), int),
-        alpha=_number(path, "lora_alpha", raw.get("lora_alpha"), float),
+        rank=number_of(path, "r", raw.get("r"), int),
+        alpha=number_of(path, "lora_alpha", raw.get("lora_alpha"), float),
         ranks=_numbers(path, "rank_pattern", raw, int),
         alphas=_numbers(path, "alpha_pattern", raw, float),
         parameters=_names(path, "target_parameters", raw),
@@ -144,7 +144,8 @@ def read_peft_config(folder: Path) -> PeftConfig:
     )
 
 
-def _number(path: Path, name: str, value: Any, kind: type) -> Any:
+def number_of(path: Path, name: str, value: Any, kind: type) -> Any:
+    """A number of a config, as an int or a float; ConfigError if it is no positive one."""
     right = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not right or not 0 < value < 1 << 20 or (kind is int and value != int(value)):
         raise ConfigError(f"{path}: {name} is {value!r} and no positive number; mend it")
@@ -155,7 +156,7 @@ def _numbers(path: Path, name: str, raw: Mapping[str, Any], kind: type) -> dict[
     found = raw.get(name) or {}
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: {name} is {found!r} and no object; mend it")
-    return {key: _number(path, f"{name} of {key}", value, kind) for key, value in found.items()}
+    return {key: number_of(path, f"{name} of {key}", value, kind) for key, value in found.items()}
 
 
 def _names(path: Path, name: str, raw: Mapping[str, Any]) -> tuple[str, ...]:

@@ -44,12 +44,12 @@ def in_peft(source: PeftSource, table: Sequence[Line], layers: int, model: str) 
         raise PlanError(str(source.path), looking.problems)
     filled = Filled(source, looking.made, is_wide=looking.is_scaled)
     declared = source.declared
-    scale = looking.scale or 1.0
+    is_usual = looking.scale == declared.alpha / declared.rank
     return Found(
         filled if looking.made else source,
         tuple(targets),
         declared.rank,
-        scale * declared.rank,
+        declared.alpha if is_usual else (looking.scale or 1.0) * declared.rank,
         declared.base,
     )
 

@@ -50,13 +50,15 @@ def prepare_adapter_import(
         uniform_rank: give all the highest rank, with zeros.
 
     """
-    rank, targets = adapter.rank, list(adapter.targets)
+    targets = list(adapter.targets)
+    ranks = [target.rank for target in targets]
+    rank = adapter.rank if adapter.rank in ranks else ranks[0]
     if uniform_rank:
-        rank = max(target.rank for target in targets)
+        rank = max(ranks)
         targets = [replace(target, padded=rank) for target in targets]
     trained = Trained(
         rank,
-        adapter.scale * rank,
+        adapter.alpha_of(rank),
         tuple(dict.fromkeys(target.line.linear for target in adapter.targets)),
         any(target.is_shared for target in adapter.targets),
         base or adapter.base or None,
@@ -143,5 +145,5 @@ def _declared(adapter: Adapter, targets: list[Target], base: str | None) -> dict
     counts = [*ranks.values()]
     usual = max(dict.fromkeys(counts), key=counts.count)
     others = {name: rank for name, rank in ranks.items() if rank != usual}
-    alphas = {name: adapter.scale * rank for name, rank in others.items()}
-    return peft_config(usual, adapter.scale * usual, modules, parameters, others, alphas, base)
+    alphas = {name: adapter.alpha_of(rank) for name, rank in others.items()}
+    return peft_config(usual, adapter.alpha_of(usual), modules, parameters, others, alphas, base)
