@@ -7,9 +7,13 @@ import os
 import warnings
 from typing import TYPE_CHECKING
 
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
 from gptoss_convert.errors import ConfigError
 from gptoss_plugins.gpt_model.cpu_shim import cuda_means_cpu
 from gptoss_plugins.gpt_model.parallel import initialize_parallel, shut_down_parallel
+from gptoss_plugins.gpt_model.peers import Peers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,6 +36,8 @@ def world_of(
         cp: context-parallel ranks, which cut no weights and so are not of the layout.
         seed: of random weights.
 
+    Where there are several ranks, each notices when another is gone; of errors, one is told.
+
     Raises:
         ConfigError: there are not as many ranks as the layout needs.
 
@@ -46,6 +52,7 @@ def world_of(
         device=device,
         seed=seed,
     )
+    peers = Peers() if dist.get_world_size() > 1 else None
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
@@ -53,8 +60,14 @@ def world_of(
             if place.type == "cpu":
                 stack.enter_context(cuda_means_cpu(factories=schedules))
             yield place
+    except (Exception, KeyboardInterrupt, CheckpointException) as error:
+        if peers:
+            peers.failed(error)
+        raise
     finally:
         shut_down_parallel()
+        if peers:
+            peers.close()
 
 
 def coordinates(number: int, world: int, layout: Layout) -> Rank:
