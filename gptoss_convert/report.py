@@ -101,11 +101,11 @@ def _form(encoding: Mapping[str, str]) -> str:
     return f"{encoding['codec']} ({', '.join(options)})".removesuffix(" ()")
 
 
-def print_result(result: Result) -> None:
-    """One line for people, and what encoding cost."""
+def print_result(result: Result, done: str | None = None) -> None:
+    """One line for people, and what encoding cost; it begins with what was ``done``, or with the direction."""
     plan = result.plan
     click.echo(
-        f"{plan.direction.removesuffix('e')}ed {plan.family}: {plan.parameters:,} parameters, "
+        f"{done or plan.direction.removesuffix('e') + 'ed'} {plan.family}: {plan.parameters:,} parameters, "
         f"{human(plan.bytes_in)} read, {human(result.bytes_out)} written in {result.seconds:.1f} s "
         f"to {result.target}"
     )

@@ -184,6 +184,29 @@ def test_wrong_words(made: dict[str, Path], tmp_path: Path, invoke: Run) -> None
         assert not out.exists()
 
 
+def test_verify_and_inspect_an_adapter(made: dict[str, Path], tmp_path: Path, invoke: Run) -> None:
+    """Alone: its bytes are held against the manifest, and half of one is found."""
+    for form in ("peft", "megatron"):
+        done = invoke("verify", made[form])
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "is an adapter" in done.stdout
+    place = shutil.copytree(made["megatron"], tmp_path / "bad")
+    (part, *_) = sorted(place.glob("iter_*/*.distcp"))
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(data)
+    done = invoke("verify", place)
+    assert done.returncode == 3
+    assert part.name in done.stdout
+    half = rewritten(made["peft"], tmp_path / "half", lambda t: t.pop(f"{Q}B.weight"))
+    done = invoke("verify", half)
+    assert done.returncode == 3
+    assert "half an adapter" in done.stdout
+    facts = json.loads(invoke("inspect", made["peft"], "--json").stdout)
+    assert (facts["layout"]["rank"], facts["layout"]["alpha"]) == (3, 5)
+    assert "with --adapter" in facts["problems"][0]
+
+
 def test_a_folder_of_more(made: dict[str, Path], tmp_path: Path, invoke: Run) -> None:
     """The adapter of a folder that holds its model, too, is found; that in a folder below is named."""
     shutil.copytree(made["peft"], tmp_path / "both")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from gptoss_convert.dtypes import FLOATS
 from gptoss_convert.errors import (
     CheckpointError,
+    ConvertError,
     NoCheckpointError,
     PlanError,
     PluginError,
@@ -25,6 +26,8 @@ from gptoss_plugins.adapter.peft import PeftSource
 from gptoss_plugins.adapter.peft_config import CONFIG
 from gptoss_plugins.adapter.peft_targets import in_peft
 from gptoss_plugins.adapter.table import adapter_family, lines
+from gptoss_plugins.megatron.keys import ADAPTER
+from gptoss_plugins.megatron.source import TorchDistSource
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -141,6 +144,20 @@ def open_adapter(
         raise PlanError(str(source.path), problems)
     steps = {(step.rule.megatron, step.layer): step for step in logical.steps.values()}
     return Adapter(logical, found.targets, found.rank, found.alpha, found.base, steps)
+
+
+def adapter_source(path: str, registry: Registry) -> TensorSource | None:
+    """The source of an adapter; None if there is none by that name that can be read."""
+    try:
+        source = open_source(path, registry=registry)
+    except ConvertError:
+        return None
+    if isinstance(source, PeftSource):
+        return source
+    is_trained = isinstance(source, TorchDistSource) and any(
+        ADAPTER in name for name in source.specs()
+    )
+    return source if is_trained else None
 
 
 def _open(path: str | Path, registry: Registry) -> TensorSource:

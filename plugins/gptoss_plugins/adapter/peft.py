@@ -42,7 +42,21 @@ class PeftSource(SafetensorsSource):
     @property
     def without_config(self) -> str:
         """What it is, for who asks it for a model's config."""
-        return f"{self.path}: is an adapter and no model; see gptoss-convert adapter --help"
+        return (
+            f"{self.path}: is an adapter and no model; name the model, and it with --adapter, or see "
+            f"gptoss-convert adapter --help"
+        )
+
+    def describe(self) -> Mapping[str, Any]:
+        """The file, and what the config says."""
+        declared = self.declared
+        return {
+            **super().describe(),
+            "rank": declared.rank,
+            "alpha": declared.alpha,
+            "targets": [*(declared.modules or ()), *declared.parameters],
+            "base": declared.base,
+        }
 
     def fingerprint(self) -> str:
         """The config counts, too."""

@@ -47,15 +47,15 @@ def to_json(
     return {**found, "rounding": {"total": total(rounding.values()).to_json(), "tensors": tensors}}
 
 
-def print_adapter(result: Result, adapter: Adapter) -> None:
-    """A line each."""
-    print_result(result)
+def print_adapter(result: Result, adapter: Adapter, done: str | None = None) -> None:
+    """A line each; ``done`` is what was done, if that is not the direction."""
+    print_result(result, done)
     click.echo(_what(adapter))
 
 
 def print_merge(result: Result, adapter: Adapter, rounding: Mapping[str, Loss]) -> None:
     """The same, and what was lost."""
-    print_adapter(result, adapter)
+    print_adapter(result, adapter, "merged")
     lossy = {name: loss for name, loss in rounding.items() if loss.kept != loss.blocks}
     if lossy:
         print_costs("rounding", lossy, "rounded")

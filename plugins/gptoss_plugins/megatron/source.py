@@ -119,8 +119,8 @@ class TorchDistSource:
         """
         if _has_adapters(self._specs) and not _has_adapters(parameters):
             raise CheckpointError(
-                f"{self.path}: is the checkpoint of an adapter, not of a model; see gptoss-convert "
-                f"adapter --help"
+                f"{self.path}: is the checkpoint of an adapter, not of a model; name the model, and it "
+                f"with --adapter, or see gptoss-convert adapter --help"
             )
 
     def hints(self, codec: str) -> TensorSource | None:

@@ -86,7 +86,7 @@ def verify(
     B, merged somewhere, can be judged.
 
     A alone is held against the manifest.json that was written with it (not with --headers), so that
-    a flipped bit is found and its tensor named; --values looks at all numbers, too.
+    a flipped bit is found and its tensor named; --values looks at all numbers, too. A may be an adapter.
 
     As one of several processes (torchrun, srun) it reads its share, and the last one tells the result.
 
@@ -97,7 +97,14 @@ def verify(
     from gptoss_convert.crew import current_crew
     from gptoss_convert.errors import ConvertError
     from gptoss_convert.progress import reporting
-    from gptoss_plugins.verify.checking import Report, check, check_bytes, open_both
+    from gptoss_plugins.adapter.opening import adapter_source
+    from gptoss_plugins.verify.checking import (
+        Report,
+        check,
+        check_adapter,
+        check_bytes,
+        open_both,
+    )
     from gptoss_plugins.verify.printing import print_report
     from gptoss_plugins.verify.values import nbytes
 
@@ -120,7 +127,13 @@ def verify(
             ).config
         except ConvertError as error:
             report.take(hf_model, error)
-    opened = open_both(paths, registry, choice, report, reference=reference, revision=hf_revision)
+    if second is None and (lone := adapter_source(first, registry)) is not None:
+        check_adapter(first, lone, report)
+        opened = []
+    else:
+        opened = open_both(
+            paths, registry, choice, report, reference=reference, revision=hf_revision
+        )
     report.formats = [one.format for one in opened]
     wanted = bool(second) if values is None else values
     if len(opened) == len(paths):

@@ -16,6 +16,7 @@ from gptoss_convert.logical import Logical, open_logical
 from gptoss_convert.manifest import MANIFEST, read_manifest, root_of
 from gptoss_convert.progress import reporting
 from gptoss_convert.types import Finding
+from gptoss_plugins.adapter.finding import halves
 from gptoss_plugins.verify.naming import broken, problem
 from gptoss_plugins.verify.shares import together
 from gptoss_plugins.verify.states import zero_sinks
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from gptoss_convert.execute import Progress
     from gptoss_convert.opening import Choice
     from gptoss_convert.registry import Registry
-    from gptoss_convert.types import Config
+    from gptoss_convert.types import Config, TensorSource
 
 SCHEMA = "gptoss-convert.verify/1"
 
@@ -161,6 +162,21 @@ def check_bytes(path: str, report: Report, *, workers: int | None, show: bool) -
     report.seconds += time.monotonic() - started
 
 
+def check_adapter(path: str, source: TensorSource, report: Report) -> None:
+    """Look at an adapter, as far as that can be done without its model."""
+    report.findings += _whole(path, source)
+    for names in ((".lora_A.", ".lora_B."), (".linear_in.", ".linear_out.")):
+        report.findings += (problem(path, text) for text in halves(source.specs(), *names))
+    report.findings.append(
+        Finding(
+            "info",
+            path,
+            "is an adapter, and whether it fits a model was not looked at",
+            "name the model, what the two were merged to, and this with --adapter",
+        )
+    )
+
+
 def check(
     first: Logical,
     second: Logical | None,
@@ -228,11 +244,16 @@ def _found(path: str, error: ConvertError) -> list[Finding]:
 def _complete(of: Logical) -> Iterator[Finding]:
     """Everything that the table names is there, and nothing else."""
     path = str(of.source.path)
+    yield from _whole(path, of.source)
+    yield from (problem(path, text) for text in of.problems)
+
+
+def _whole(path: str, source: TensorSource) -> Iterator[Finding]:
+    """Files that are missing, or cut short."""
     try:
-        of.source.check()
+        source.check()
     except ConvertError as error:
         yield from _found(path, error)
-    yield from (problem(path, text) for text in of.problems)
 
 
 def _different(values: Values, tolerance: float) -> Iterator[Finding]:
