@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Pretraining on Slurm, in several parallel layouts in turn.
 #
-#   sbatch examples/slurm_pretrain.sh                                 # 20B on 4 nodes of 8 GPUs
-#   MODEL=120b LAYOUTS=2,4,16,1 sbatch --nodes=8 examples/slurm_pretrain.sh
+#   sbatch examples/slurm_pretrain.sh                         # 20B on 4 nodes of 8 GPUs
+#   MODEL=120b sbatch --nodes=8 examples/slurm_pretrain.sh
 #
 # README.md has all variables. Every run goes on from its last checkpoint, whenever this is submitted.
 #SBATCH --job-name=gpt-oss-pretrain
@@ -18,11 +18,17 @@
 #SBATCH --signal=B:USR1@300
 set -uo pipefail
 
-WORKSPACE=${WORKSPACE:-/workspace}
+: "${SLURM_JOB_ID:?is set in a job; submit this: sbatch examples/slurm_pretrain.sh}"
+WORKSPACE=$(realpath -ms "${WORKSPACE:-/workspace}")
 MODEL=${MODEL:-20b} # 20b, 120b, or tiny: 270,000 parameters, for CPUs
 RECIPE=${RECIPE:-${MODEL}_pretrain}
-LAYOUTS=${LAYOUTS:-2,4,4,1 4,2,4,1 2,4,4,2} # tensor, pipeline, expert, context parallel
-GPUS_PER_NODE=${GPUS_PER_NODE:-8}           # 0 for CPUs
+case $MODEL in # tensor, pipeline, expert, context parallel
+    120b) layouts='2,4,16,1' ;;
+    tiny) layouts='1,1,1,1' ;;
+    *) layouts='2,4,4,1 4,2,4,1 2,4,4,2' ;;
+esac
+LAYOUTS=${LAYOUTS:-$layouts}
+GPUS_PER_NODE=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}} # none: CPUs
 NPROC_PER_NODE=${NPROC_PER_NODE:-$((GPUS_PER_NODE > 0 ? GPUS_PER_NODE : 1))}
 SEQ_LENGTH=${SEQ_LENGTH:-4096}
 TRAIN_ITERS=${TRAIN_ITERS:-1000}
@@ -33,7 +39,7 @@ EVAL_ITERS=${EVAL_ITERS:-10}
 SAVE_INTERVAL=${SAVE_INTERVAL:-500}
 LOG_INTERVAL=${LOG_INTERVAL:-1}
 TOKENIZER=${TOKENIZER:-openai/gpt-oss-$MODEL} # that the data was made with
-read -ra OVERRIDES <<<"${OVERRIDES:-}"        # any more of the recipe's fields: section.field=value ...
+read -rd '' -a OVERRIDES <<<"${OVERRIDES:-}"        # any more of the recipe's fields: section.field=value ...
 
 # Data: what DCLM_DATA_DIR and DCLM_CACHE name; without them random tokens.
 export CUDA_DEVICE_MAX_CONNECTIONS=1 NCCL_NVLS_ENABLE=0 TORCH_NCCL_AVOID_RECORD_STREAMS=1
@@ -42,8 +48,8 @@ ahead='' told=''
 trap 'ahead=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 # the time limit is near: save
 trap 'told=yes' TERM                                         # scancel or preemption: it saves already
 
-container=(${CONTAINER_IMAGE:+--container-image="$CONTAINER_IMAGE"}
-    ${CONTAINER_MOUNTS:+--container-mounts="$CONTAINER_MOUNTS"})
+container=(${CONTAINER_IMAGE:+--container-image="$CONTAINER_IMAGE"
+    --container-mounts="${CONTAINER_MOUNTS:-$WORKSPACE:$WORKSPACE}"})
 
 ranks() { # COMMAND...: of gptoss-convert, a launcher on each node
     srun --kill-on-bad-exit=1 --cpu-bind=none ${container[@]+"${container[@]}"} \
@@ -60,7 +66,7 @@ ranks() { # COMMAND...: of gptoss-convert, a launcher on each node
 srun --nodes=1 --ntasks=1 ${container[@]+"${container[@]}"} mkdir -p "$WORKSPACE/results"
 status=0
 for layout in $LAYOUTS; do
-    IFS=, read -r tp pp ep cp <<<"$layout"
+    IFS=, read -r tp pp ep cp _ <<<"$layout,1,1,1" # what is left out is 1
     ((tp > 1)) && sp=True || sp=False
     run=gpt_oss_${MODEL}_pretrain_tp${tp}_pp${pp}_ep${ep}_sp${sp}_cp${cp}
     results=$WORKSPACE/results/$run

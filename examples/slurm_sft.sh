@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Fine-tuning of all weights on Slurm, packed, in several parallel layouts in turn.
 #
-#   sbatch examples/slurm_sft.sh                                      # 20B on 2 nodes of 8 GPUs
-#   MODEL=120b LAYOUTS=1,4,8,1 sbatch --nodes=4 examples/slurm_sft.sh
+#   sbatch examples/slurm_sft.sh                              # 20B on 2 nodes of 8 GPUs
+#   MODEL=120b sbatch --nodes=4 examples/slurm_sft.sh
 #   DATASET_NAME=openmathinstruct2_thinking sbatch examples/slurm_sft.sh
 #
 # README.md has all variables. Every run goes on from its last checkpoint, whenever this is submitted.
@@ -19,11 +19,17 @@
 #SBATCH --signal=B:USR1@300
 set -uo pipefail
 
-WORKSPACE=${WORKSPACE:-/workspace}
+: "${SLURM_JOB_ID:?is set in a job; submit this: sbatch examples/slurm_sft.sh}"
+WORKSPACE=$(realpath -ms "${WORKSPACE:-/workspace}")
 MODEL=${MODEL:-20b} # 20b, 120b, or tiny: 270,000 parameters, for CPUs
 RECIPE=${RECIPE:-${MODEL}_sft}
-LAYOUTS=${LAYOUTS:-2,2,4,1 4,1,4,1}         # tensor, pipeline, expert, context parallel
-GPUS_PER_NODE=${GPUS_PER_NODE:-8}           # 0 for CPUs
+case $MODEL in # tensor, pipeline, expert, context parallel
+    120b) layouts='1,4,8,1' ;;
+    tiny) layouts='1,1,1,1' ;;
+    *) layouts='2,2,4,1 4,1,4,1' ;;
+esac
+LAYOUTS=${LAYOUTS:-$layouts}
+GPUS_PER_NODE=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}} # none: CPUs
 NPROC_PER_NODE=${NPROC_PER_NODE:-$((GPUS_PER_NODE > 0 ? GPUS_PER_NODE : 1))}
 PRETRAINED_CHECKPOINT=${PRETRAINED_CHECKPOINT:-$WORKSPACE/models/gpt-oss-$MODEL}
 DATASET_NAME=${DATASET_NAME:-squad} # squad, openmathinstruct2_thinking, or one of the hub's
@@ -49,7 +55,7 @@ EVAL_ITERS=${EVAL_ITERS:-32}
 SAVE_INTERVAL=${SAVE_INTERVAL:-250}
 LOG_INTERVAL=${LOG_INTERVAL:-1}
 SAVE_SUFFIX=${SAVE_SUFFIX:-}           # of the results' name
-read -ra OVERRIDES <<<"${OVERRIDES:-}" # any more of the recipe's fields: section.field=value ...
+read -rd '' -a OVERRIDES <<<"${OVERRIDES:-}" # any more of the recipe's fields: section.field=value ...
 
 # One rank packs the data while the others wait, unless pack_data_job.sh has done it before.
 export NCCL_NVLS_ENABLE=0 TORCH_NCCL_AVOID_RECORD_STREAMS=1 TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC=7200
@@ -58,8 +64,8 @@ ahead='' told=''
 trap 'ahead=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 # the time limit is near: save
 trap 'told=yes' TERM                                         # scancel or preemption: it saves already
 
-container=(${CONTAINER_IMAGE:+--container-image="$CONTAINER_IMAGE"}
-    ${CONTAINER_MOUNTS:+--container-mounts="$CONTAINER_MOUNTS"})
+container=(${CONTAINER_IMAGE:+--container-image="$CONTAINER_IMAGE"
+    --container-mounts="${CONTAINER_MOUNTS:-$WORKSPACE:$WORKSPACE}"})
 
 ranks() { # COMMAND...: of gptoss-convert, a launcher on each node
     srun --kill-on-bad-exit=1 --cpu-bind=none ${container[@]+"${container[@]}"} \
@@ -76,10 +82,13 @@ ranks() { # COMMAND...: of gptoss-convert, a launcher on each node
 name=${DATASET_NAME//[^A-Za-z0-9]/_}
 prefix=gpt_oss_${MODEL}_finetune
 if [[ $name != squad ]]; then prefix=gpt_oss_${MODEL}_${name}_finetune; fi
-srun --nodes=1 --ntasks=1 ${container[@]+"${container[@]}"} mkdir -p "$WORKSPACE/results"
+once=(srun --nodes=1 --ntasks=1 ${container[@]+"${container[@]}"})
+# shellcheck disable=SC2016 # that shell is to see $1, where the container does
+is_there() { [[ $("${once[@]}" sh -c 'if [ -f "$1" ]; then echo yes; fi' sh "$1") ]]; }
+"${once[@]}" mkdir -p "$WORKSPACE/results"
 status=0
 for layout in $LAYOUTS; do
-    IFS=, read -r tp pp ep cp <<<"$layout"
+    IFS=, read -r tp pp ep cp _ <<<"$layout,1,1,1" # what is left out is 1
     ((tp > 1)) && sp=True || sp=False
     pad=$((cp > 1 ? 2 * cp : 1))
     run=${prefix}_tp${tp}_pp${pp}_ep${ep}_sp${sp}_cp${cp}${SAVE_SUFFIX}
@@ -102,7 +111,7 @@ for layout in $LAYOUTS; do
     packed=$WORKSPACE/data/${name}_${SEQ_LENGTH}_pad${pad}.parquet # by pack_data_job.sh
     if [[ -n $DATASET_ROOT ]]; then
         words+=("dataset.dataset_root=$DATASET_ROOT")
-    elif [[ -f $packed ]]; then
+    elif is_there "$packed"; then
         words+=("dataset.dataset_root=$packed")
     fi
     if [[ -n ${WANDB_API_KEY:-} ]]; then

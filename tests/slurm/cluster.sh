@@ -44,6 +44,7 @@ AccountingStorageType=accounting_storage/none
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
+GresTypes=gpu
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
@@ -56,10 +57,11 @@ SchedulerParameters=sched_interval=2,bf_interval=2
 CONF
     for ((node = 1; node <= nodes; node++)); do
         echo "NodeName=$PREFIX$node NodeHostname=$(hostname -s) NodeAddr=127.0.0.1" \
-            "Port=$((port + node)) CPUs=2 RealMemory=2000" >>"$dir/slurm.conf"
+            "Port=$((port + node)) CPUs=2 RealMemory=2000 Gres=gpu:2" >>"$dir/slurm.conf"
         # Names of nodes lead to machines, as the launchers' rendezvous expects.
         echo "127.0.0.1 $PREFIX$node # $dir" >>/etc/hosts
     done
+    printf "Name=gpu File=%s\n" /dev/null /dev/zero >"$dir/gres.conf" # no CUDA devices: torch uses CPUs
     cat >>"$dir/slurm.conf" <<CONF
 PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9

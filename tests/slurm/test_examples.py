@@ -20,7 +20,6 @@ SAMPLES = 30
 STEPS = 4
 TINY = {
     "MODEL": "tiny",
-    "GPUS_PER_NODE": 0,
     "SEQ_LENGTH": 96,
     "TRAIN_ITERS": STEPS,
     "GLOBAL_BATCH_SIZE": 4,
@@ -29,6 +28,7 @@ TINY = {
     "SAVE_INTERVAL": 3,
 }
 ON_TWO = ("--nodes=2", "--gpus-per-node=0")
+WITH_GPUS = ("--nodes=2", "--gpus-per-node=1")  # as Slurm has it; torch finds none
 PROMPT = 'He said "no", $(touch hacked)  it\'s'
 
 
@@ -122,12 +122,12 @@ def finetuned(cluster: Cluster, kind: str, workspace: Path, pretrained: Path) ->
     """By slurm_sft.sh or slurm_peft.sh, on the file that is packed already: the log, and the results."""
     job = cluster.submit(
         f"slurm_{kind}.sh",
-        *ON_TWO,
+        *WITH_GPUS,
         WORKSPACE=workspace,
         LAYOUTS="1,1,2,1",
         DATASET_NAME="mine",
         PRETRAINED_CHECKPOINT=pretrained,
-        OVERRIDES="dataset.val_proportion=0.0",
+        OVERRIDES="dataset.val_proportion=0.0\n logger.log_interval=1",
         **TINY,
     )
     log = cluster.completed(job)
@@ -177,14 +177,12 @@ def test_pretraining_packing_fine_tuning_and_what_is_said_then(
     adapter: Path,
     run_cli: Callable[..., Any],
 ) -> None:
-    exported = workspace / "exported"
     draws = ["--temperature", "1", "--seed", "5"]  # the most likely byte is a blank, always
     job = cluster.submit(
         "inference.sh",
         WORKSPACE=workspace,
         HF_MODEL="none",
         MEGATRON_MODEL_PATH=pretrained,
-        HF_EXPORT_PATH=exported,  # not there: left out
         SFT_CHECKPOINT=sft,
         ADAPTER=adapter,
         PROMPT=PROMPT,
