@@ -106,6 +106,10 @@ def forms(write_tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     from gptoss_convert.convert import import_checkpoint
     from gptoss_convert.layout import Layout
     from gptoss_convert.opening import Choice
+    from gptoss_convert.registry import default_registry
+    from gptoss_plugins.adapter.bases import model_of
+    from gptoss_plugins.adapter.opening import open_adapter
+    from gptoss_plugins.adapter.writing import prepare_adapter_import
 
     folder = tmp_path_factory.mktemp("forms")
     write_tiny(folder / "hf", **SIZES)
@@ -113,11 +117,65 @@ def forms(write_tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     import_checkpoint(folder / "mxfp4", folder / "torch_dist")
     layout, choice = Layout(tp=2), Choice(format="torch")
     import_checkpoint(folder / "hf", folder / "torch", layout=layout, choice=choice)
+    write_peft(folder / "peft", json.loads((folder / "hf/config.json").read_text()))
+    registry, named = default_registry(), {"hf_model": str(folder / "hf"), "hf_revision": None}
+    model = model_of(registry, Choice(), megatron_path=None, **named)
+    adapter = open_adapter(folder / "peft", model.family, model.config, registry, "hf")
+    file = folder / "hf/config.json"
+    prepare_adapter_import(adapter, model.family, model.config, registry, config_file=file).run(
+        folder / "adapter"
+    )
     return {path.name: path for path in sorted(folder.iterdir())}
 
 
-def commands(form: str, source: Path, target: Path) -> list[list[Any]]:
-    """Every command that reads a checkpoint of this form, as text and as JSON."""
+def write_peft(folder: Path, config: dict[str, Any]) -> None:
+    """An adapter of rank 2 on q, o and the experts' down projections, whose names and shapes are PEFT's."""
+    import torch
+    from safetensors.torch import save_file
+
+    rank, experts, hidden = 2, config["num_local_experts"], config["hidden_size"]
+    heads = config["num_attention_heads"] * config["head_dim"]
+    shapes = {
+        "self_attn.q_proj": (heads, hidden, 1),
+        "self_attn.o_proj": (hidden, heads, 1),
+        "mlp.experts": (hidden, config["intermediate_size"], experts),
+    }
+    noise, found = torch.Generator().manual_seed(3), {}
+    for layer in range(config["num_hidden_layers"]):
+        for module, (rows, inputs, count) in shapes.items():
+            name = f"base_model.model.model.layers.{layer}.{module}.lora_"
+            found[name + "A.weight"] = torch.randn(rank * count, inputs, generator=noise)
+            found[name + "B.weight"] = torch.randn(rows, rank * count, generator=noise)
+    folder.mkdir()
+    save_file(found, folder / "adapter_model.safetensors", {"format": "pt"})
+    fields = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 3,
+        "target_modules": ["q_proj", "o_proj"],
+        "target_parameters": ["mlp.experts.down_proj"],
+        "rank_pattern": {},
+        "alpha_pattern": {"o_proj": 5},
+        "use_rslora": False,
+        "layers_to_transform": None,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+
+
+def commands(form: str, source: Path, target: Path, base: Path) -> list[list[Any]]:
+    """Every command that reads a checkpoint of this form, as text and as JSON; ``base`` is an adapter's."""
+    if form in ("peft", "adapter"):
+        flags = ("--adapter", source, "--hf-model", base)
+        way = "import" if form == "peft" else "export"
+        every: list[list[Any]] = [
+            ["adapter", way, *flags, "--output", target],
+            ["adapter", "merge", *flags, "--hf-path", target],
+            ["adapter", "merge", *flags, "--output", target],
+            ["inspect", source],
+            ["verify", source],
+            ["verify", base, base, "--adapter", source],
+        ]
+        return [[*command, *json_] for command in every for json_ in ((), ("--json",))]
     if form in ("hf", "mxfp4"):
         flags = ("--hf-model", source)
         recode = "quantize" if form == "hf" else "dequantize"
@@ -165,7 +223,7 @@ def wrong_with(ended: Ended, command: list[Any]) -> list[str]:
     if "Traceback" in ended.stderr or "internal error" in ended.stderr:
         found.append("lost its countenance")
     lines = [line for line in ended.stderr.splitlines() if not _WARNING.match(line)]
-    told = command[0] == "inspect" and ended.stdout
+    told = command[0] in ("inspect", "verify") and ended.stdout
     if ended.code and not told:
         if not lines or not lines[0].startswith("error: "):
             found.append("does not say what is wrong")
@@ -184,7 +242,7 @@ Try = Callable[..., list[Ended]]
 
 
 @pytest.fixture
-def attempt(jail: Jail, tmp_path: Path) -> Try:
+def attempt(jail: Jail, forms: dict[str, Path], tmp_path: Path) -> Try:
     """Run commands on a damaged checkpoint, and hold what they do against all that is allowed.
 
     All that ``which`` lets through; of those one in five if a ``turn`` is given, others each turn.
@@ -197,7 +255,8 @@ def attempt(jail: Jail, tmp_path: Path) -> Try:
         turn: int | None = None,
     ) -> list[Ended]:
         target, before = source.parent / "target", everything(tmp_path)
-        chosen, done = list(filter(which, commands(form, source, target))), []
+        every = commands(form, source, target, forms["hf"])
+        chosen, done = list(filter(which, every)), []
         for command in chosen if turn is None else chosen[turn % 5 :: 5]:
             ended = jail(*command)
             wrong = wrong_with(ended, command)

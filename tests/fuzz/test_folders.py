@@ -109,6 +109,7 @@ FILES = {
     "torch_dist": [TRACKER, *(f"{ITER}/{name}" for name in (
         ".metadata", "metadata.json", "common.pt", "run_config.yaml", "__0_0.distcp",
         "huggingface/config.json", "tokenizer/tokenizer.json", "quantization/mxfp4.safetensors"))],
+    "peft": ["adapter_config.json", "adapter_model.safetensors"],
     "torch": [TRACKER, ITER, f"{ITER}/mp_rank_01", f"{ITER}/mp_rank_01/model_optim_rng.pt"],
 }  # fmt: skip
 
@@ -302,7 +303,7 @@ def changed(data: bytes, kind: str, *how: Any) -> bytes:
     return data
 
 
-@pytest.mark.parametrize("form", ["hf", "mxfp4", "torch_dist", "torch"])
+@pytest.mark.parametrize("form", ["hf", "mxfp4", "torch_dist", "torch", "peft", "adapter"])
 def test_damaged_at_random(
     form: str, forms: dict[str, Path], tmp_path: Path, attempt: Any, fuzz: Any
 ) -> None:
