@@ -44,7 +44,6 @@ AccountingStorageType=accounting_storage/none
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
-GresTypes=gpu
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
@@ -57,11 +56,10 @@ SchedulerParameters=sched_interval=2,bf_interval=2
 CONF
     for ((node = 1; node <= nodes; node++)); do
         echo "NodeName=$PREFIX$node NodeHostname=$(hostname -s) NodeAddr=127.0.0.1" \
-            "Port=$((port + node)) CPUs=2 RealMemory=2000 Gres=gpu:2" >>"$dir/slurm.conf"
+            "Port=$((port + node)) CPUs=2 RealMemory=2000" >>"$dir/slurm.conf"
         # Names of nodes lead to machines, as the launchers' rendezvous expects.
         echo "127.0.0.1 $PREFIX$node # $dir" >>/etc/hosts
     done
-    printf "Name=gpu File=%s\n" /dev/null /dev/zero >"$dir/gres.conf" # no CUDA devices: torch uses CPUs
     cat >>"$dir/slurm.conf" <<CONF
 PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9
@@ -90,13 +88,15 @@ start() { # DIR NODES
 }
 
 stop() { # DIR
-    local dir=$1 environment
+    local dir=$1 environment process
     export SLURM_CONF=$dir/slurm.conf
     scancel --user="$(id -un)" 2>/dev/null || true
     sleep 1
     for environment in /proc/[0-9]*/environ; do # the daemons, and all that they started
-        if grep -qzxF "SLURM_CONF=$SLURM_CONF" "$environment" 2>/dev/null; then
-            kill -KILL "$(basename "$(dirname "$environment")")" 2>/dev/null || true
+        process=$(basename "$(dirname "$environment")")
+        if [[ $process != $$ && $process != "$PPID" ]] &&
+            grep -qzxF "SLURM_CONF=$SLURM_CONF" "$environment" 2>/dev/null; then
+            kill -KILL "$process" 2>/dev/null || true
         fi
     done
     if [[ -s $dir/munged.pid ]]; then kill "$(<"$dir/munged.pid")" 2>/dev/null || true; fi

@@ -28,7 +28,6 @@ TINY = {
     "SAVE_INTERVAL": 3,
 }
 ON_TWO = ("--nodes=2", "--gpus-per-node=0")
-WITH_GPUS = ("--nodes=2", "--gpus-per-node=1")  # as Slurm has it; torch finds none
 PROMPT = 'He said "no", $(touch hacked)  it\'s'
 
 
@@ -122,7 +121,7 @@ def finetuned(cluster: Cluster, kind: str, workspace: Path, pretrained: Path) ->
     """By slurm_sft.sh or slurm_peft.sh, on the file that is packed already: the log, and the results."""
     job = cluster.submit(
         f"slurm_{kind}.sh",
-        *WITH_GPUS,
+        *ON_TWO,
         WORKSPACE=workspace,
         LAYOUTS="1,1,2,1",
         DATASET_NAME="mine",
