@@ -6,6 +6,7 @@ Nothing is merged before it is asked for, and then only the rows that are.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from dataclasses import replace
@@ -22,7 +23,7 @@ from gptoss_plugins.adapter.opening import open_adapter
 from gptoss_plugins.adapter.ops import swaps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -116,8 +117,11 @@ class MergedSource:
         first, stop, _ = (rows or slice(None)).indices(found.spec.shape[0])
         nbytes = found.spec.nbytes // found.spec.shape[0] * (stop - first)
         made = memory.take(nbytes).view(torch_dtype(found.spec.dtype))
-        mark = memory.mark()
-        weight = self._stored(found, first, stop, memory)
+        own = self._latest.__dict__.setdefault(
+            "scratch", Scratch()
+        )  # of the thread, for this alone
+        own.reset()
+        weight = self._stored(found, first, stop, own)
         left, right = self._factors(found)
         left, right = left[first:stop], right[first:stop] if right.dim() == 3 else right
         is_turned = not weight.is_contiguous() and weight.mT.is_contiguous()
@@ -125,16 +129,14 @@ class MergedSource:
             weight, left, right = weight.mT, right.mT, left.mT
         made = made.view(weight.shape)
         each = max(1, _CHUNK // weight.shape[-1])
-        room = memory.take(4 * each * weight.shape[-1]).view(torch.float32)
+        room = own.take(4 * each * weight.shape[-1]).view(torch.float32)
         try:
-            loss = _merge(
-                weight, left, right, self._adapter.scale, made, room.view(each, weight.shape[-1])
-            )
+            with _one_thread():
+                loss = _merge(weight, left, right, self._adapter.scale, made, room.view(each, -1))
         except OverflowError as error:
             raise ConvertError(
                 f"{name}: with the adapter it {error}; merge into a wider type"
             ) from None
-        memory.release(mark)
         with self._taking:
             self.rounding[name] = self.rounding.get(name, Loss()) + loss
         return made.mT if is_turned else made
@@ -170,6 +172,21 @@ class MergedSource:
         if found.target.is_shared:
             a, b = (factor.expand(experts, *factor.shape) for factor in (a, b))
         return (b, a) if self._base.side == "megatron" else _as_in_hf(rule, found.number, a, b)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch takes one in this thread: the converter's others are busy, and torch's would wait for each
+    other at full speed.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _as_in_hf(rule: Rule, number: int, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
