@@ -44,6 +44,7 @@ def check(config: TrainingConfig, world_size: int | None = None) -> Iterator[str
     yield from _gradients(config)
     yield from _formats(config)
     yield from _data(config)
+    yield from _adapters(config)
     if (samples := config.train.train_iters * config.train.global_batch_size) > _MOST_SAMPLES:
         yield (
             f"train.train_iters {config.train.train_iters:.0e} makes {samples:.0e} samples, more than any "
@@ -62,6 +63,15 @@ def require_sound(config: TrainingConfig, world_size: int | None = None) -> None
     """
     if problems := list(check(config, world_size)):
         raise RecipeError("the recipe", problems)
+
+
+def _adapters(config: TrainingConfig) -> Iterator[str]:
+    if config.peft is None:
+        return
+    if not config.peft.target_modules:
+        yield "peft.target_modules is empty, and nothing would be trained; say peft.target_modules=[linear_qkv]"
+    if config.peft.alpha == 0:
+        yield "peft.alpha 0 makes adapters that change nothing; say peft.alpha=32"
 
 
 def _recomputation(config: TrainingConfig) -> Iterator[str]:
