@@ -209,6 +209,29 @@ def test_pretraining_packing_fine_tuning_and_what_is_said_then(
     assert not any(Path(cluster.folder).glob("**/hacked"))
 
 
+def test_a_preempted_conversion_starts_again(
+    cluster: Cluster,
+    originals: dict[str, Path],
+    imported: Path,
+    tmp_path: Path,
+    content: Callable[[Path], dict[str, str]],
+) -> None:
+    job = cluster.submit(
+        "conversion.sh",
+        WORKSPACE=tmp_path,
+        MODEL="mine",
+        HF_MODEL=originals["bf16"],
+        ROUNDTRIP="no",
+    )
+    cluster.until(lambda: cluster.facts(job)["JobState"] == "RUNNING", job)
+    options = ["--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null"]
+    urgent = cluster.run("sbatch", "--parsable", *options, "--wrap", "true").stdout.strip()
+    cluster.completed(urgent)
+    cluster.completed(job)
+    assert cluster.facts(job)["Restarts"] == "1"
+    assert content(tmp_path / "models" / "gpt-oss-mine") == content(imported)
+
+
 def test_a_conversion_is_split_over_two_nodes(
     cluster: Cluster,
     originals: dict[str, Path],

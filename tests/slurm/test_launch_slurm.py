@@ -86,6 +86,7 @@ def test_ctrl_c_leaves_the_job_running(cluster: Cluster, tmp_path: Path) -> None
     ) as process:
         assert process.stderr
         number = process.stderr.readline().split()[2].rstrip(";")
+        assert process.stderr.readline() == f"job {number}: pending (BeginTime)\n"
         process.send_signal(signal.SIGINT)
         assert f"job {number} goes on; scancel {number} ends it" in process.stderr.read()
     assert process.returncode == 130

@@ -108,6 +108,22 @@ def test_near_the_time_limit_a_job_starts_again(
     assert losses(run) == pytest.approx(undisturbed, abs=1e-4)
 
 
+def test_a_task_of_an_array_starts_again_alone(cluster: Cluster, tmp_path: Path) -> None:
+    runs = [tmp_path / f"run {number}" for number in range(2)]
+    place = ["--array", "0,1", "--gpus-per-node", "0", "--requeue", "--job-dir", tmp_path / "jobs"]
+    job = cluster.launch(*place, *words(tmp_path / "run %a"))["job"]
+    tasks = [f"{job}_{number}" for number in range(2)]
+    cluster.until(lambda: all(len(losses(run)) >= 2 for run in runs), "")
+    last = next(task for task in tasks if cluster.facts(task)["JobId"] == job)
+    assert cluster.run("scancel", "--batch", "--signal=USR1", last).returncode == 0
+    for task, run in zip(tasks, runs, strict=True):
+        log = cluster.completed(task)
+        assert f"trained {STEPS} of {STEPS} steps" in log
+        assert ("stopped after" in log) == (task == last)
+        assert cluster.facts(task)["Restarts"] == str(int(task == last))
+        assert len(losses(run)) == STEPS
+
+
 def test_a_preempted_job_starts_again(
     cluster: Cluster, run: Path, undisturbed: dict[int, float]
 ) -> None:

@@ -74,13 +74,13 @@ def submit(text: str, folder: Path, *, array: bool) -> Job:
 
 
 def follow(job: Job) -> int:
-    """Show the log as it grows, on stdout, until the job has ended.
+    """Show the log as it grows, on stdout, until the job has ended; on stderr what it waits for.
 
     Returns:
         its exit code.
 
     """
-    shown, failed, looks = 0, 0, 0
+    shown, failed, looks, told = 0, 0, 0, ""
     while True:
         state, code = "", None
         if looks % _LOOKS == 0:
@@ -92,15 +92,17 @@ def follow(job: Job) -> int:
                 if failed == _PATIENCE:
                     raise
         shown = _show(job.log, shown)
+        if state and state != told:
+            click.echo(f"job {job.number}: {state}", err=True)
+            told = state
         if code is not None:
-            click.echo(f"job {job.number}: {state.lower()}", err=True)
             return code
         time.sleep(_PAUSE)
         looks += 1
 
 
 def ended(number: str) -> tuple[str, int | None]:
-    """A job's state, and its exit code if it has ended for good.
+    """A job's state in words, and its exit code if it has ended for good.
 
     That of a job that Slurm ended is 1, whatever its script had to say.
     """
@@ -108,13 +110,16 @@ def ended(number: str) -> tuple[str, int | None]:
         re.findall(r"(\w+)=(\S+)", _told(["scontrol", "--oneliner", "show", "job", number]))
     )
     state, (code, number_of_signal) = facts["JobState"], facts["ExitCode"].split(":")
+    words = state.lower()
+    if state == "PENDING":
+        words = f"{words} ({facts.get('Reason', 'None')})"
     if state == "COMPLETED" or (state == "FAILED" and int(code)):
-        return state, int(code)
+        return words, int(code)
     if state == "FAILED":
-        return state, 128 + int(number_of_signal)
+        return words, 128 + int(number_of_signal)
     if state in _ENDED or (state in _ENDED_UNLESS_REQUEUED and facts.get("Requeue") != "1"):
-        return state, 1
-    return state, None
+        return words, 1
+    return words, None
 
 
 def _show(log: Path, start: int) -> int:
