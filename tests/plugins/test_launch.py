@@ -182,6 +182,11 @@ def test_nodes_that_are_asked_for_are_full_unless_none_needs_to_be(
     assert f"#SBATCH --gpus-per-node={gpus}\n" in script
 
 
+def test_nodes_without_gpus_have_as_few_ranks_as_will_do(invoke: RunCli) -> None:
+    script = dry(invoke, "--nodes", 2, "--gpus-per-node", 0, "--", "pretrain", "--recipe", "tiny")
+    assert "--nproc_per_node=1\n" in script
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -94,7 +94,7 @@ stop() { # DIR
     sleep 1
     for environment in /proc/[0-9]*/environ; do # the daemons, and all that they started
         process=$(basename "$(dirname "$environment")")
-        if [[ $process != $$ && $process != "$PPID" ]] &&
+        if [[ $process != "$$" && $process != "$PPID" ]] &&
             grep -qzxF "SLURM_CONF=$SLURM_CONF" "$environment" 2>/dev/null; then
             kill -KILL "$process" 2>/dev/null || true
         fi

@@ -82,14 +82,15 @@ def _of_ranks(inner: Inner, nodes: int | None, gpus: int | None, processes: int 
             f"--nproc-per-node {processes} with --gpus-per-node {gpus}: each rank has a GPU of its "
             f"own; leave one of the two out"
         )
-    each = processes or gpus or _full_or_fewer(inner.need, nodes or 1)
+    each = processes or gpus or _full_or_fewer(inner.need, nodes or 1, on_gpus=gpus is None)
     return Size(nodes or _nodes_for(inner, each), each if gpus is None else gpus, each)
 
 
-def _full_or_fewer(need: int, nodes: int) -> int:
-    """Ranks of a node where nobody says: all its GPUs; fewer, if not even all nodes need so many."""
-    even = need // math.gcd(need, nodes)
-    return _MOST_GPUS if nodes > math.ceil(need / _MOST_GPUS) else min(_MOST_GPUS, even)
+def _full_or_fewer(need: int, nodes: int, *, on_gpus: bool) -> int:
+    """Ranks of a node where nobody says: as few as will do; but of more nodes than that takes, all GPUs."""
+    if on_gpus and nodes > math.ceil(need / _MOST_GPUS):
+        return _MOST_GPUS
+    return min(_MOST_GPUS, need // math.gcd(need, nodes))
 
 
 def _nodes_for(inner: Inner, each: int) -> int:
