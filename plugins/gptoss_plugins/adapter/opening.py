@@ -93,7 +93,7 @@ class Adapter:
             layer: of which layer.
 
         Raises:
-            CheckpointError: it holds NaN or infinity.
+            CheckpointError: it holds NaN or infinity, or what is infinite in float32.
 
         """
         step = self._steps[target.name(name), layer]
@@ -103,10 +103,13 @@ class Adapter:
             made = part.tensors[0]
         else:
             made = step.rule.op.forward(part.tensors).reshape(step.outputs[0].spec.shape)
+        made = made.float()
         if not bool(made.isfinite().all()):
             where = f"{self.logical.source.path}: {step.inputs[0].name}"
-            raise CheckpointError(f"{where}: holds NaN or infinity; train the adapter again")
-        return made.float()
+            raise CheckpointError(
+                f"{where}: holds NaN, infinity or numbers beyond float32; train the adapter again"
+            )
+        return made
 
 
 def open_adapter(
