@@ -301,6 +301,21 @@ def test_a_container_has_the_folder_that_it_works_in(
     assert "a:b: cannot be mounted into a container" in found.stderr
 
 
+@pytest.mark.parametrize(
+    ("target", "mounted"),
+    [("out", True), ("/b/x", True), ("/c d/x", True), ("/a/x", False), ("/bb", False)],
+)
+def test_results_that_go_with_the_container_are_warned_of(
+    target: str, mounted: bool, invoke: RunCli
+) -> None:
+    options = ["--container-image", "i", "--container-mounts", "/a:/b:ro,/c d"]
+    words = ["import", "--hf-model", "m", "--megatron-path", target]
+    found = invoke("launch", "slurm", "--dry-run", *options, "--", *words)
+    assert found.returncode == 0
+    told = f"warning: {target} is in no mount of the container"
+    assert (told in found.stderr) != mounted
+
+
 def _sbatch(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Slurm that does this in place of taking a script."""
     for name in ("sbatch", "scontrol"):

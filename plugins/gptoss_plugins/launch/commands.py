@@ -134,7 +134,7 @@ def slurm(
     """
     from gptoss_plugins.launch import submit
     from gptoss_plugins.launch.inner import look_at
-    from gptoss_plugins.launch.script import render
+    from gptoss_plugins.launch.script import is_mounted, render
     from gptoss_plugins.launch.size import size_of
 
     if follow and (as_json or options["array"]):
@@ -143,6 +143,12 @@ def slurm(
     size = size_of(inner, nodes, gpus, processes)
     request = _request(inner, options)
     text = render(inner, size, request, Path.cwd())
+    if request.container_image and not is_mounted(inner.target or Path(), request, Path.cwd()):
+        click.echo(
+            f"warning: {inner.target} is in no mount of the container, and is gone with it; add its "
+            f"folder to --container-mounts",
+            err=True,
+        )
     job = None
     if not dry_run:
         job = submit.submit(text, request.job_dir, array=bool(request.array))

@@ -211,6 +211,12 @@ def _step(inner: Inner, size: Size, request: Request, folder: Path) -> str:
     return " ".join(words) + "\n"
 
 
+def is_mounted(path: Path, request: Request, folder: Path) -> bool:
+    """Whether what a command writes outlives its container."""
+    ends = [mount.split(":")[:2][-1] for mount in _mounts(request, folder).split(",")]
+    return any((folder / path).is_relative_to(end) for end in ends)
+
+
 def _mounts(request: Request, folder: Path) -> str:
     """What was asked for, and the folder of the command: what is in no mount goes with the container."""
     if re.search("[,:]", str(folder)) or folder == folder.parent:
