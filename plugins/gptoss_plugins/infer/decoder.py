@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 _FEW = 32  # choices of experts
+_WORTH_SHARING = 64  # tokens
 
 
 class Decoder:
@@ -148,8 +149,14 @@ class Decoder:
         shares = best.softmax(-1, dtype=torch.float32)
         if self._are_few(tokens, chosen) and (weights := _plain(moe.experts)):
             return mix(tokens, chosen, shares, weights, moe.experts.activation)
-        mixed = self._by_experts(moe.experts, tokens, chosen, shares.to(tokens.dtype))
-        if (group := parallel_state.get_expert_model_parallel_group()).size() > 1:
+        group, mine = _share(len(tokens))
+        if mine is None:
+            mixed = self._by_experts(moe.experts, tokens, chosen, shares.to(tokens.dtype))
+        else:
+            mixed = torch.zeros_like(tokens)
+            given = (x[mine] for x in (tokens, chosen, shares.to(tokens.dtype)))
+            mixed[mine] = self._by_experts(moe.experts, *given)
+        if group.size() > 1:
             dist.all_reduce(mixed, group=group)
         return mixed
 
@@ -185,6 +192,23 @@ class Decoder:
         logits, _ = self.model.output_layer(ends[:, None], runtime_gather_output=True)
         found: Tensor = logits[:, 0, : self.vocabulary].float()
         return found
+
+
+def _share(tokens: int) -> tuple[Any, slice | None]:
+    """The ranks whose experts' sums make up the whole, and which tokens this one's experts are for; all,
+    if None.
+
+    Tensor-parallel ranks all have all tokens. Where several of them have the same experts, each takes
+    its share of the tokens.
+    """
+    tp = parallel_state.get_tensor_model_parallel_group()
+    ep = parallel_state.get_expert_model_parallel_group()
+    copies = tp.size() // ep.size()
+    if copies < 2 or tp.size() % ep.size() or tokens < copies * _WORTH_SHARING:
+        return ep, None
+    each = -(-tokens // copies)
+    first = tp.rank() // ep.size() * each
+    return tp, slice(first, first + each)
 
 
 def _plain(experts: Any) -> Weights | None:

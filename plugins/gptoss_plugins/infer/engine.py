@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from gptoss_convert.errors import ConvertError, UsageError
 from gptoss_plugins.infer.cache import Mark
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from gptoss_plugins.infer.decoder import Decoder
 
 PREFILL_TOKENS = 16384  # of all sequences, in one pass through the layers
+STAGE_TOKENS = 2048  # likewise where there are stages, which work on different passes at a time
 _WORTH_CAPTURING = 8  # tokens
 _NO_NUMBER = -1  # in place of a token, where logits are none
 
@@ -127,6 +129,8 @@ class Engine:
         logits = self._prefill(fresh, cache)
         mark = Mark(cache) if len(prompts) == 1 else None
         token = self._chosen(logits, sampler, len(prompts))
+        if token.is_cuda:
+            torch.cuda.synchronize()
         timing.first_token = time.monotonic() - started
         going: list[bool] = []
         graph, counts = None, token
@@ -189,7 +193,8 @@ class Engine:
     def _prefill(self, prompts: Sequence[Sequence[int]], cache: Cache) -> Tensor | None:
         """Logits after each prompt's last token, on the ranks that have logits."""
         device, lengths = self._decoder.device, [len(prompt) for prompt in prompts]
-        width = max(1, PREFILL_TOKENS // len(prompts))
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        width = max(1, (STAGE_TOKENS if stages > 1 else PREFILL_TOKENS) // len(prompts))
         found = None
         for start in range(0, max(lengths), width):
             parts = [prompt[start : start + width] for prompt in prompts]
