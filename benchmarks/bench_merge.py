@@ -116,7 +116,9 @@ def measure(bench: Bench, names: list[str], rounds: int) -> list[dict[str, Any]]
             plain = run(bench, way.plain, way.source, made)
             merged = run(bench, ("adapter merge", *way.merge, *adapter), way.source, made)
             found[name].append((plain, merged))
-            print(f"round {number} {name}: {plain.wall:.1f} s, merged {merged.wall:.1f} s", flush=True)
+            print(
+                f"round {number} {name}: {plain.wall:.1f} s, merged {merged.wall:.1f} s", flush=True
+            )
     shutil.rmtree(made)
     return [row_of(name, pairs) for name, pairs in found.items()]
 
