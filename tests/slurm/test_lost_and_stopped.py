@@ -69,7 +69,7 @@ def test_a_lost_node(cluster: Cluster, run: Path, undisturbed: dict[int, float])
     assert lost not in facts["NodeList"]
     assert losses(run) == pytest.approx(undisturbed, abs=1e-4)
     assert f"trained {STEPS} of {STEPS} steps" in log
-    assert log.count(f"step      1/{STEPS}") == 1  # it went on, and did not begin anew
+    assert log.count(f"step      1/{STEPS}  loss") == 1  # it went on, and did not begin anew
 
 
 def test_scancel_saves_and_the_next_job_goes_on(
@@ -87,7 +87,8 @@ def test_scancel_saves_and_the_next_job_goes_on(
     again = cluster.run("gptoss-convert", "launch", "slurm", *PLACE, "--follow", *words(run))
     assert again.returncode == 0, again.stderr
     assert f"trained {STEPS} of {STEPS} steps" in again.stdout
-    assert f"step      {done}/" not in again.stdout
+    assert f"step {done:>6}/{STEPS}  goes on from {run}" in again.stdout
+    assert f"step {done:>6}/{STEPS}  loss" not in again.stdout
     assert losses(run) == pytest.approx(undisturbed, abs=1e-4)
 
 
@@ -104,7 +105,7 @@ def test_near_the_time_limit_a_job_starts_again(
     assert cluster.facts(job)["Restarts"] == "1"
     done = int(re.search(rf"stopped after (\d+) of {STEPS} steps", log).group(1))  # type: ignore[union-attr]
     assert 2 <= done < STEPS
-    assert log.count(f"step {done:>6}/{STEPS}") == 1
+    assert log.count(f"step {done:>6}/{STEPS}  loss") == 1
     assert losses(run) == pytest.approx(undisturbed, abs=1e-4)
 
 
@@ -135,5 +136,5 @@ def test_a_preempted_job_starts_again(
     log = cluster.completed(job)
     assert cluster.facts(job)["Restarts"] == "1"
     assert re.search(rf"stopped after \d+ of {STEPS} steps", log)  # saved, and not begun anew
-    assert log.count(f"step      1/{STEPS}") == 1
+    assert log.count(f"step      1/{STEPS}  loss") == 1
     assert losses(run) == pytest.approx(undisturbed, abs=1e-4)

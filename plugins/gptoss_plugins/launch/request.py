@@ -21,17 +21,8 @@ _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 _OPTION = re.compile(r"[a-z][a-z0-9-]*")
 # Options of sbatch on which the script relies.
 _OWN = (
-    *(
-        "array",
-        "gpus-per-node",
-        "job-name",
-        "nodes",
-        "no-requeue",
-        "ntasks",
-        "ntasks-per-node",
-        "output",
-    ),
-    *("requeue", "signal", "time"),
+    *("array", "gpus-per-node", "job-name", "nodes", "no-requeue", "ntasks"),
+    *("ntasks-per-node", "output", "requeue", "signal", "time"),
 )
 _SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$", re.IGNORECASE)
 
