@@ -107,6 +107,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     options = [*layout_options(name), *folder, *more]
     launch(ranks, str(HERE / "parallel_worker.py"), name, *options)
     found: dict[str, Any] = json.loads((args.folder / f"{name}.json").read_bytes())
+    if name == "one":
+        return found
     both = ("--hf-model", str(args.folder / "hf"), "--megatron-path", str(args.folder / "megatron"))
     how = ("--torch-dtype", "float32", "--device", args.device, "--json")
     said = launch(ranks, "-m", "gptoss_convert", "roundtrip", *both, *layout_options(name), *how)
@@ -140,10 +142,10 @@ def compared(found: dict[str, Any], args: argparse.Namespace) -> dict[str, dict[
     theirs = [alone[f"transformers' losses, {experts}"] for experts in EXPERTS]
     noise = error(args, "bfloat16", eager, grouped), apart(*theirs)
     for name in LAYOUTS:
-        own, trip = found[name], found[name]["roundtrip"]
+        own, trip = found[name], found[name].get("roundtrip")
         exact = {
-            "weights": trip["tensors"] > 0 and trip["equal"] == trip["tensors"],
-            "logits, float32, to transformers": trip["relative_error"],
+            "weights": trip and trip["equal"] == trip["tensors"] > 0,
+            "logits, float32, to transformers": trip and trip["relative_error"],
             "logits, float32, to one": error(args, "float32", "one", name),
             "losses, float32, to one": apart(alone["losses, float32"], own["losses, float32"]),
             "greedy": own["greedy"] == alone["greedy"],
@@ -175,6 +177,8 @@ def judged(rows: dict[str, dict[str, Any]], imported: dict[str, Any], *, timed: 
     """What is not as it should be."""
     wrong = [] if imported["same_files"] and not imported["other_files"] else ["import"]
     for name, row in rows.items():
+        if name == "one":
+            continue
         wrong += [f"{name}: {key}" for key in ("weights", "greedy") if not row[key]]
         for key, most in (
             ("logits, float32, to transformers", NEAR),
@@ -199,12 +203,15 @@ def print_table(found: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
     """A column per layout; ratios are to one GPU."""
     print(f"{'':36}" + "".join(f"{name:>14}" for name in rows))
 
+    def said(holds: bool | None) -> str:
+        return "" if holds is None else "yes" if holds else "NO"
+
     def line(title: str, values: list[Any], form: str) -> None:
         cells = (f"{'' if value is None else format(value, form):>14}" for value in values)
         print(f"{title:36}" + "".join(cells))
 
-    line("weights equal", ["yes" if r["weights"] else "NO" for r in rows.values()], "s")
-    line("greedy answers equal", ["yes" if r["greedy"] else "NO" for r in rows.values()], "s")
+    line("weights equal", [said(r["weights"]) for r in rows.values()], "s")
+    line("greedy answers equal", [said(r["greedy"]) for r in rows.values()], "s")
     for key in (
         "logits, float32, to transformers",
         "logits, float32, to one",

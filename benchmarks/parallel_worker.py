@@ -56,7 +56,7 @@ TOKENS = 300  # of the prompt whose logits are compared: more than the window
 NEW = 32
 EXPERTS = ("eager", "grouped_mm")  # transformers' implementations
 LOSSES = 10
-FLOAT32_LAYERS, FLOAT32_LENGTH = 2, 1024
+FLOAT32_LAYERS, FLOAT32_LENGTH, FLOAT32_ROWS = 2, 1024, 2
 SIZES: dict[str, dict[str, Any]] = {
     "20b": {"size": "20b"},
     "tiny": {"size": "tiny", "hidden_size": 96, "ffn_hidden_size": 64},  # whole blocks of MXFP4
@@ -223,7 +223,8 @@ class Worker:
     def losses_float32(self) -> list[float]:
         """The first ones, of a model that float32 leaves room for."""
         length = min(FLOAT32_LENGTH, self.args.length)
-        config = self._config(min(FLOAT32_LAYERS, self.args.layers), length, 4, bf16=False)
+        layers = min(FLOAT32_LAYERS, self.args.layers)
+        config = self._config(layers, length, FLOAT32_ROWS, bf16=False)
         trainee, steps = self._trainee(config, "shallow-hf"), self._steps(config)
         return [train_step(trainee, next(steps)).loss for _ in range(LOSSES)]
 

@@ -175,11 +175,12 @@ def _in_float32(one: Tensor, two: Tensor, runs: int) -> Difference | None:
     count = one.numel()
     x = one.float()
     power = _held(x, x)
-    if power is not None and one.dtype == two.dtype and _same_bits(one, two):
+    y = two.float()
+    pair = (one, two) if one.dtype == two.dtype else (x, y)
+    if power is not None and _same_bits(*pair):
         return Difference(
             count, count, powers=(power, power), product=power, blocks=runs, equal_blocks=runs
         )
-    y = two.float()
     error = y - x
     other, squares = _held(y, y), _held(error, error)
     if power is None or other is None or squares is None:

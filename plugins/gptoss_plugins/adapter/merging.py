@@ -137,6 +137,10 @@ class MergedSource:
             raise ConvertError(
                 f"{name}: with the adapter it {error}; merge into a wider type"
             ) from None
+        if loss.nonfinite and loss.nonfinite > int((~weight.isfinite()).sum()):
+            raise ConvertError(
+                f"{name}: with the adapter it goes beyond float32; look at the adapter's numbers and alpha"
+            )
         with self._taking:
             self.rounding[name] = self.rounding.get(name, Loss()) + loss
         return made.mT if is_turned else made
