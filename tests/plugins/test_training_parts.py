@@ -176,3 +176,21 @@ def test_a_blend_that_is_not_there(tmp_path: Any) -> None:
         config = tiny_pretrain_config().having(dataset={"blend": ((str(tmp_path / name),), None)})
         with pytest.raises(CheckpointError, match=message):
             text_datasets(config, Tokens("bytes", 272, 256, 257))
+
+
+def test_told_to_stop_twice_a_run_still_writes_down_how_it_ended() -> None:
+    import signal
+
+    from gptoss_plugins.train.config import TrainConfig
+    from gptoss_plugins.train.run.stopping import Stop
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with Stop(TrainConfig(exit_signal_handler=True), torch.device("cpu")):
+            pass
+        assert signal.getsignal(signal.SIGTERM) == before  # nobody did
+        with Stop(TrainConfig(exit_signal_handler=True), torch.device("cpu")):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # the launcher, where Slurm was faster; it ends nothing
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -28,8 +28,9 @@ class Stop:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # Slurm tells the ranks and their launcher, which tells them again: that must not end one early.
         if self._config.exit_signal_handler:
-            signal.signal(signal.SIGTERM, self._before)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN if self._came else self._before)
 
     def _note(self, *_: object) -> None:
         self._came = True
