@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -178,19 +180,28 @@ def test_a_blend_that_is_not_there(tmp_path: Any) -> None:
             text_datasets(config, Tokens("bytes", 272, 256, 257))
 
 
-def test_told_to_stop_twice_a_run_still_writes_down_how_it_ended() -> None:
-    import signal
+TOLD_TWICE = """
+import signal
+import torch
+from gptoss_plugins.gpt_model.peers import _Termination
+from gptoss_plugins.train.config import TrainConfig
+from gptoss_plugins.train.run.stopping import Stop
 
-    from gptoss_plugins.train.config import TrainConfig
-    from gptoss_plugins.train.run.stopping import Stop
+termination = _Termination()
+with Stop(TrainConfig(exit_signal_handler=True), torch.device("cpu")):
+    signal.raise_signal(signal.SIGTERM)
+    termination.look()
+for _ in range(9):
+    termination.look()
+signal.raise_signal(signal.SIGTERM)  # by the launcher, where Slurm was faster
+termination.close()
+signal.raise_signal(signal.SIGTERM)
+print("said how it ended")
+"""
 
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with Stop(TrainConfig(exit_signal_handler=True), torch.device("cpu")):
-            pass
-        assert signal.getsignal(signal.SIGTERM) == before  # nobody did
-        with Stop(TrainConfig(exit_signal_handler=True), torch.device("cpu")):
-            signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)  # the launcher, where Slurm was faster; it ends nothing
-    finally:
-        signal.signal(signal.SIGTERM, before)
+
+def test_a_run_that_was_told_to_stop_says_how_it_ended() -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", TOLD_TWICE], capture_output=True, text=True, check=False
+    )
+    assert (found.returncode, found.stdout) == (0, "said how it ended\n"), found.stderr

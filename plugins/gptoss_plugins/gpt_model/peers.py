@@ -167,10 +167,16 @@ class _Termination:
         """End the process as SIGTERM does, if it came a while ago and nobody else deals with it."""
         if not self._is_ours:
             return
+        came = False
         with contextlib.suppress(BlockingIOError):
-            if signal.SIGTERM in self._reader.recv(4096) and self._waited is None:
-                self._waited = 0
-        if self._waited is None or signal.getsignal(signal.SIGTERM) != self._nothing:
+            came = signal.SIGTERM in self._reader.recv(4096)
+        if (
+            signal.getsignal(signal.SIGTERM) != self._nothing
+        ):  # a training saves, and ends by itself
+            return
+        if came and self._waited is None:
+            self._waited = 0
+        if self._waited is None:
             return
         self._waited += 1
         if self._waited > _PATIENCE:
@@ -180,7 +186,8 @@ class _Termination:
         """As it was."""
         if self._is_ours:
             signal.set_wakeup_fd(self._before)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if signal.getsignal(signal.SIGTERM) == self._nothing:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
             if self._waited is not None:
                 os.kill(os.getpid(), signal.SIGTERM)
             self._reader.close()
