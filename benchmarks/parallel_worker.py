@@ -56,7 +56,7 @@ TOKENS = 300  # of the prompt whose logits are compared: more than the window
 NEW = 32
 EXPERTS = ("eager", "grouped_mm")  # transformers' implementations
 LOSSES = 10
-FLOAT32_LAYERS, FLOAT32_LENGTH, FLOAT32_ROWS = 2, 1024, 2
+FLOAT32_LAYERS, FLOAT32_LENGTH, FLOAT32_ROWS = 2, 512, 2
 SIZES: dict[str, dict[str, Any]] = {
     "20b": {"size": "20b"},
     "tiny": {"size": "tiny", "hidden_size": 96, "ffn_hidden_size": 64},  # whole blocks of MXFP4

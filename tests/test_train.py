@@ -21,6 +21,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 TEXT = Path(__file__).parents[1] / "docs"  # any text will do
 STEPS = 20
 # overrides, ranks
+IN_CI = ("tp2 ep2", "ep2, overlapped")
 LAYOUTS = {
     "tp2": (["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"], 2),
     "pp2": (["model.pipeline_model_parallel_size=2"], 2),
@@ -35,6 +36,16 @@ LAYOUTS = {
     "dp2": ([], 2),
     "cp2": (["model.context_parallel_size=2"], 2),
     "dp2, state in parts": (["optimizer.use_distributed_optimizer=true"], 2),
+    "ep2, overlapped": (
+        [
+            "model.expert_model_parallel_size=2",
+            "optimizer.use_distributed_optimizer=true",
+            "ddp.overlap_grad_reduce=true",
+            "ddp.overlap_param_gather=true",
+            "ddp.bucket_size=1000",  # or all weights are in one, which the first module waits for
+        ],
+        2,
+    ),
     "tp2 ep2": (
         [
             "model.tensor_model_parallel_size=2",
@@ -163,7 +174,7 @@ def test_losses_are_those_of_transformers(data: Path, start: Path, alone: dict[s
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n == "tp2 ep2" else pytest.mark.slow) for n in LAYOUTS]
+    "name", [pytest.param(n, marks=() if n in IN_CI else pytest.mark.slow) for n in LAYOUTS]
 )
 def test_every_layout(name: str, data: Path, start: Path, alone: dict[str, Any]) -> None:
     layout, ranks = LAYOUTS[name]

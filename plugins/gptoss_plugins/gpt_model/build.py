@@ -102,6 +102,11 @@ class GptOssModel(GPTModel):  # type: ignore[misc]  # megatron-core is untyped
         )
 
     def _output_weight(self) -> Tensor:
+        """Of the output layer, which is not called: megatron-core waits in its hook for the weights that
+        an overlapped gather still brings.
+        """
+        for hook in self.output_layer._forward_pre_hooks.values():
+            hook(self.output_layer, ())
         shared = self.share_embeddings_and_output_weights
         found: Tensor = (
             self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
