@@ -135,42 +135,35 @@ def apart(one: list[float], two: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(one, two, strict=True))
 
 
-def compared(found: dict[str, Any], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Every layout beside one GPU and transformers."""
-    alone, rows = found["one"], {}
+def compared(
+    name: str, own: dict[str, Any], alone: dict[str, Any], args: argparse.Namespace
+) -> dict[str, Any]:
+    """A layout beside one GPU and transformers."""
     eager, grouped = (f"transformers-{experts}" for experts in EXPERTS)
-    theirs = [alone[f"transformers' losses, {experts}"] for experts in EXPERTS]
-    noise = error(args, "bfloat16", eager, grouped), apart(*theirs)
-    for name in LAYOUTS:
-        own, trip = found[name], found[name].get("roundtrip")
-        exact = {
-            "weights": trip and trip["equal"] == trip["tensors"] > 0,
-            "logits, float32, to transformers": trip and trip["relative_error"],
-            "logits, float32, to one": error(args, "float32", "one", name),
-            "losses, float32, to one": apart(alone["losses, float32"], own["losses, float32"]),
-            "greedy": own["greedy"] == alone["greedy"],
-        }
-        noisy = {
-            "logits, bfloat16, of noise": min(
-                error(args, "bfloat16", other, name) for other in (eager, grouped)
-            )
-            / (noise[0] or 1.0),
-            "losses, bfloat16, of noise": apart(
-                alone["training"]["losses"], own["training"]["losses"]
-            )
-            / (noise[1] or 1.0),
-        }
-        fast = {
-            key: own["inference"][key] / alone["inference"][key]
-            for key in own["inference"]
+    noise = (
+        error(args, "bfloat16", eager, grouped),
+        apart(*(alone[f"transformers' losses, {experts}"] for experts in EXPERTS)),
+    )
+    near = min(error(args, "bfloat16", other, name) for other in (eager, grouped))
+    bfloat16 = apart(alone["training"]["losses"], own["training"]["losses"])
+    trip, trained = own.get("roundtrip"), own["training"]
+    return {
+        "weights": trip and trip["equal"] == trip["tensors"] > 0,
+        "greedy": own["greedy"] == alone["greedy"],
+        "logits, float32, to transformers": trip and trip["relative_error"],
+        "logits, float32, to one": error(args, "float32", "one", name),
+        "losses, float32, to one": apart(alone["losses, float32"], own["losses, float32"]),
+        "logits, bfloat16, of noise": near / (noise[0] or 1.0),
+        "losses, bfloat16, of noise": bfloat16 / (noise[1] or 1.0),
+        "noise": noise,
+        **{
+            key: rate / alone["inference"][key]
+            for key, rate in own["inference"].items()
             if key != "gigabytes"
-        }
-        fast["training"] = (
-            own["training"]["tokens_per_second"] / alone["training"]["tokens_per_second"]
-        )
-        fast["memory"] = own["training"]["gigabytes"] / (alone["training"]["gigabytes"] or 1.0)
-        rows[name] = {**exact, **noisy, **fast, "noise": noise}
-    return rows
+        },
+        "training": trained["tokens_per_second"] / alone["training"]["tokens_per_second"],
+        "memory": trained["gigabytes"] / (alone["training"]["gigabytes"] or 1.0),
+    }
 
 
 def judged(rows: dict[str, dict[str, Any]], imported: dict[str, Any], *, timed: bool) -> list[str]:
@@ -252,8 +245,12 @@ def main() -> int:
     prepare(args)
     imported = imports(args)
     print(f"import by one process and by two: {imported}", flush=True)
-    found = {name: measure(name, args) for name in LAYOUTS}
-    rows = compared(found, args)
+    found: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
+    for name in LAYOUTS:
+        found[name] = measure(name, args)
+        rows[name] = compared(name, found[name], found["one"], args)
+        print(f"{name}: {json.dumps(rows[name])}\n{json.dumps(found[name])}", flush=True)
     shutil.rmtree(args.folder)
     print_table(found, rows)
     noise = rows["one"]["noise"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -273,6 +274,40 @@ def test_a_failed_save_leaves_the_last_good_one(
     assert "the disk is full" in done.stderr
     after = {name: digest for name, digest in tree(place).items() if not name.startswith(".")}
     assert after == before
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_run(
+    data: Path, alone: dict[str, Any], start: Path, tmp_path: Path
+) -> None:
+    """The other one ends soon, with one sentence; the last checkpoint is whole, and the run goes on."""
+    place = tmp_path / "run"
+    ends = [f"checkpoint.save={place}", f"checkpoint.load={place}", "checkpoint.save_interval=2"]
+    command = words(data, f"checkpoint.pretrained_checkpoint={start}", *ends)
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "gptoss_convert"]
+    run = subprocess.Popen(
+        [sys.executable, *launch, *command, *LAYOUTS["tp2"][0]],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 200
+    while not (place / "iter_0000004").exists():
+        assert run.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    killed = time.monotonic()
+    os.kill(int(children[1]), signal.SIGKILL)
+    _, stderr = run.communicate(timeout=60)
+    assert time.monotonic() - killed < 60
+    assert run.returncode != 0
+    (told,) = [line for line in stderr.splitlines() if line.startswith("error:")]
+    assert "rank 1 is gone" in told
+    losses = losses_of(launched(2, *command, *LAYOUTS["tp2"][0]))
+    assert 0 < len(losses) <= STEPS - 4
+    wanted = [line["loss"] for line in alone["lines"]][-len(losses) :]
+    assert losses == pytest.approx(wanted, abs=1e-4)
 
 
 BF16 = ["mixed_precision=bf16_mixed", "optimizer.use_distributed_optimizer=true"]

@@ -1,0 +1,76 @@
+"""Ranks that go away, alone or together: the others end soon, and one sentence says why."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.distributed
+RANKS = Path(__file__).parent / "support" / "ranks_that_fail.py"
+GONE = "rank 1 is gone (killed, out of memory, or its machine failed), so all ranks end"
+
+
+def outcome(kind: str) -> tuple[int, list[str], float]:
+    """Exit code, what the ranks said, and seconds."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    started = time.monotonic()
+    done = subprocess.run(
+        [*launch, str(RANKS), kind],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    said = [
+        line
+        for line in (done.stdout + done.stderr).splitlines()
+        if line.startswith(("error:", "rank ", "Error", "Traceback"))
+        and "torch.distributed" not in line
+    ]
+    return done.returncode, said, time.monotonic() - started
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["killed", *(pytest.param(k, marks=pytest.mark.slow) for k in ("leaves", "stands still"))],
+)
+def test_the_others_end_with_one_sentence(kind: str) -> None:
+    code, said, seconds = outcome(kind)
+    assert code != 0
+    told = [line for line in said if line.startswith("error:")]
+    assert len(told) == 1
+    assert GONE in told[0]
+    assert "run the same command again" in told[0]
+    assert seconds < 120  # the minute, and the start; without a watch it is ten minutes
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("all fail", "error: all ranks say this"),
+        pytest.param("fails", "error: one rank says this", marks=pytest.mark.slow),
+        pytest.param(
+            "breaks",
+            "error: internal error (ValueError('connected to nothing'))",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_an_error_is_told_once(kind: str, text: str) -> None:
+    code, said, _ = outcome(kind)
+    assert code != 0
+    (told,) = (line for line in said if line.startswith("error:"))
+    assert told.startswith(text)
+
+
+@pytest.mark.slow
+def test_ranks_that_are_slow_are_not_gone() -> None:
+    code, said, _ = outcome("slow")
+    assert code == 0
+    assert sorted(said) == ["rank 0 is done", "rank 1 is done"]
