@@ -102,10 +102,22 @@ def _fail(error: Exception) -> NoReturn:
     elif isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         text, code = f"{where}{error.strerror or error}; check the path and its permissions", 1
+    elif _is_of_memory(error):
+        reason = str(error).strip().partition("\n")[0][:200]
+        text = f"there is not enough memory ({reason}); make less of it, or use a machine with more"
+        code = ResourceError.exit_code
     else:
         text, code = f"internal error ({error!r}); say --debug for its place and report it", 1
     click.echo(f"error: {text}", err=True)
     sys.exit(code)
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Torch says it in a RuntimeError, on a CPU and on a GPU in other words."""
+    said = str(error)
+    return (
+        isinstance(error, MemoryError) or "DefaultCPUAllocator" in said or "out of memory" in said
+    )
 
 
 def _interrupted() -> NoReturn:

@@ -231,6 +231,24 @@ def test_a_folder_of_more(made: dict[str, Path], tmp_path: Path, invoke: Run) ->
     )
 
 
+def test_sums_beyond_float32(made: dict[str, Path], tmp_path: Path, invoke: Run) -> None:
+    def grow(tensors: dict[str, Any]) -> None:
+        tensors |= {name: t * 1e22 for name, t in tensors.items() if "o_proj" in name}
+
+    huge = rewritten(made["peft"], tmp_path / "huge", grow)
+    done = invoke(
+        "adapter",
+        "merge",
+        "--adapter",
+        huge,
+        "--hf-model",
+        made["hf"],
+        "--hf-path",
+        tmp_path / "out",
+    )
+    refused(done, tmp_path / "out", "o_proj.weight: with the adapter it goes beyond float32")
+
+
 def test_a_pickle_is_not_read(made: dict[str, Path], tmp_path: Path, invoke: Run) -> None:
     shutil.copytree(made["peft"], tmp_path / "bad")
     (tmp_path / "bad/adapter_model.safetensors").rename(tmp_path / "bad/adapter_model.bin")

@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
+import torch
 from click.testing import CliRunner
 
 from gptoss_convert.cli import main
 from gptoss_convert.options import Bytes
+from gptoss_convert.program import Program
 from gptoss_plugins.demo import make_checkpoint
 
 
@@ -167,3 +170,18 @@ def test_demo(tmp_path: Path) -> None:
     assert refused.exit_code == 1
     assert "is not empty, and no demo's" in refused.stderr
     assert (tmp_path / "models/openai/mine.txt").read_text() == "keep me"
+
+
+def test_too_little_memory_is_no_internal_error(capsys: pytest.CaptureFixture[str]) -> None:
+    """torch's own error, of an allocation that no machine can make."""
+
+    @click.group(cls=Program, invoke_without_command=True)
+    def greedy() -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    with pytest.raises(SystemExit) as ended:
+        greedy.main([], "greedy")
+    assert ended.value.code == 4
+    said = capsys.readouterr().err
+    assert said.startswith("error: there is not enough memory")
+    assert len(said.splitlines()) == 1

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gptoss_convert.layout import EXPERT_AXIS
 from gptoss_convert.loss import total
 from gptoss_convert.report import print_costs, print_result
 
@@ -43,7 +44,8 @@ def to_json(
     }
     if rounding is None:
         return found
-    tensors = [{"name": name, **rounding[name].to_json()} for name in sorted(rounding)]
+    told = _named(rounding)
+    tensors = [{"name": name, **told[name].to_json()} for name in sorted(told)]
     return {**found, "rounding": {"total": total(rounding.values()).to_json(), "tensors": tensors}}
 
 
@@ -56,9 +58,14 @@ def print_adapter(result: Result, adapter: Adapter, done: str | None = None) -> 
 def print_merge(result: Result, adapter: Adapter, rounding: Mapping[str, Loss]) -> None:
     """The same, and what was lost."""
     print_adapter(result, adapter, "merged")
-    lossy = {name: loss for name, loss in rounding.items() if loss.kept != loss.blocks}
+    lossy = {name: loss for name, loss in _named(rounding).items() if loss.kept != loss.blocks}
     if lossy:
         print_costs("rounding", lossy, "rounded")
+
+
+def _named(rounding: Mapping[str, Loss]) -> dict[str, Loss]:
+    """By the names that checkpoints have: ours say of stacked experts that they are."""
+    return {name.removesuffix(EXPERT_AXIS): loss for name, loss in rounding.items()}
 
 
 def _what(adapter: Adapter) -> str:
