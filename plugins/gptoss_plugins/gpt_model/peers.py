@@ -65,6 +65,8 @@ class Peers:
         with contextlib.suppress(RuntimeError):
             first = self._store.add("told", 1) == 1
             self._say(_FAILED)
+        if self._rank == 0:  # the store may go with this rank, and the others have to read that
+            time.sleep(2 * _BEAT)
         latest = threading.Timer(_LEAVING, os._exit, [1])
         latest.daemon = True
         latest.start()
@@ -170,10 +172,8 @@ class _Termination:
         came = False
         with contextlib.suppress(BlockingIOError):
             came = signal.SIGTERM in self._reader.recv(4096)
-        if (
-            signal.getsignal(signal.SIGTERM) != self._nothing
-        ):  # a training saves, and ends by itself
-            return
+        if signal.getsignal(signal.SIGTERM) != self._nothing:
+            return  # a training saves, and ends by itself
         if came and self._waited is None:
             self._waited = 0
         if self._waited is None:
