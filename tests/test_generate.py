@@ -318,6 +318,7 @@ def test_a_bad_turn_does_not_end_a_conversation(
     assert [line["content"] for line in said if line["role"] == "user"] == ["hello", "to you"]
 
 
+@pytest.mark.slow
 def test_prompts_from_standard_input(folders: dict[str, Path]) -> None:
     """On two ranks: the first one reads, the other hears of it."""
     command = ["generate", *source_of(folders, "torch_dist"), "--prompt-file", "-", "--tp", "2"]

@@ -50,16 +50,13 @@ def test_the_others_end_with_one_sentence(kind: str) -> None:
     assert seconds < 120  # the minute, and the start; without a watch it is ten minutes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
         ("all fail", "error: all ranks say this"),
-        pytest.param("fails", "error: one rank says this", marks=pytest.mark.slow),
-        pytest.param(
-            "breaks",
-            "error: internal error (ValueError('connected to nothing'))",
-            marks=pytest.mark.slow,
-        ),
+        ("fails", "error: one rank says this"),
+        ("breaks", "error: internal error (ValueError('connected to nothing'))"),
     ],
 )
 def test_an_error_is_told_once(kind: str, text: str) -> None:

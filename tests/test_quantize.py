@@ -1079,6 +1079,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     found.close()
 
 
+@pytest.mark.slow
 def test_killed_and_run_again(
     server: Server, plain: dict[str, Path], originals: dict[str, Path], tmp_path: Path, tree: Tree
 ) -> None:

@@ -280,6 +280,7 @@ def test_only_adapters_are_trained(data: Path, start: Path) -> None:
     assert sum(".adapter." in name for name in before) == 4 * 4 * 2
 
 
+@pytest.mark.slow
 def test_generate_and_chat_with_an_adapter(
     data: Path, start: Path, alone: dict[str, Any], tmp_path: Path, invoke: Run
 ) -> None:

@@ -84,6 +84,7 @@ def layout_of(folder: Path) -> dict[str, Any]:
     return dict(found["layout"])
 
 
+@pytest.mark.slow
 def test_stacked_keys_of_sequential_experts(case: SimpleNamespace, tmp_path: Path) -> None:
     assert layout_of(case.stock)["layers"] == "stacked keys"
     export_checkpoint(case.stock, tmp_path / "out", hf_model=case.hf)
@@ -104,6 +105,7 @@ def test_the_config_comes_from_args(case: SimpleNamespace, tmp_path: Path) -> No
     assert same(tmp_path / "out", case.hf)
 
 
+@pytest.mark.slow
 def test_ours_per_layer_is_read_by_megatron_core(case: SimpleNamespace) -> None:
     words = ("--checkpoint", case.root / "per-layer" / "iter_0000000", "--hf-model", case.hf)
     found = json.loads(script("load_and_compare.py", 2, *words, "--tp=2", "--ep=2"))

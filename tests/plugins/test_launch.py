@@ -346,6 +346,7 @@ def test_nothing_is_left_of_a_script_that_slurm_refuses(
     assert not list((tmp_path / "jobs").iterdir())
 
 
+@pytest.mark.slow
 def test_jobs_launched_at_once_into_a_folder_keep_their_own_scripts(
     run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

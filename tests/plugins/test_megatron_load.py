@@ -67,7 +67,7 @@ def load(hf: Path, megatron: Path, ranks: int, *flags: str) -> tuple[int, dict[s
 @pytest.mark.parametrize(
     ("tp", "pp", "ep", "flags"),
     [
-        (1, 1, 1, ["--run-config"]),
+        pytest.param(1, 1, 1, ["--run-config"], marks=pytest.mark.slow),
         pytest.param(2, 1, 1, [], marks=pytest.mark.slow),
         pytest.param(1, 2, 1, [], marks=pytest.mark.slow),
         pytest.param(1, 1, 2, [], marks=pytest.mark.slow),
@@ -99,6 +99,7 @@ def test_stock_megatron_reads_it(plain: SimpleNamespace) -> None:
     assert found["pieces"] == 3 + 6 * (9 + 8 * (2 * 2 + 2))
 
 
+@pytest.mark.slow
 def test_another_model_is_told_apart(
     plain: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
