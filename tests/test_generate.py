@@ -207,6 +207,7 @@ def test_prompts_from_a_file(folders: dict[str, Path], tmp_path: Path, invoke: R
     assert [row["prompt"] for row in rows] == ["hello", "héllo"]
 
 
+@pytest.mark.slow
 def test_draws_are_the_seeds(folders: dict[str, Path], invoke: Run) -> None:
     def ids(*more: object) -> list[list[int]]:
         draw = ["--temperature", "1.5", "--top-k", "50", "--top-p", "0.95", *more]

@@ -347,6 +347,7 @@ def test_clipping_is_the_same_with_state_in_parts(data: Path, tmp_path: Path, in
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_figures_are_told(
     data: Path, tmp_path: Path, invoke: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -405,6 +406,7 @@ def test_dclm_is_where_the_environment_says(
     assert "DCLM_DATA_DIR" in done.stderr
 
 
+@pytest.mark.slow
 def test_short_forms(data: Path, invoke: Run) -> None:
     none = ["checkpoint.save=null", "checkpoint.load=null", *SHORT]
     rest = words(data, *none)[3:]
@@ -505,6 +507,7 @@ def test_random_weights_are_those_of_any_layout(name: str, data: Path, invoke: R
     assert everywhere == pytest.approx(losses_of(invoke(*words(data, *none))), abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [

@@ -415,6 +415,7 @@ def test_launch_local_sets_variables(run_cli: RunCli, invoke: RunCli) -> None:
     assert {plugin["name"] for plugin in json.loads(found.stdout)["plugins"]} == {"gptoss"}
 
 
+@pytest.mark.slow
 def test_launch_local_shares_a_conversion(
     originals: dict[str, Path],
     imported: Path,

@@ -71,7 +71,7 @@ def load(hf: Path, megatron: Path, ranks: int, *flags: str) -> tuple[int, dict[s
         pytest.param(2, 1, 1, [], marks=pytest.mark.slow),
         pytest.param(1, 2, 1, [], marks=pytest.mark.slow),
         pytest.param(1, 1, 2, [], marks=pytest.mark.slow),
-        (2, 1, 2, []),
+        pytest.param(2, 1, 2, [], marks=pytest.mark.slow),
         pytest.param(2, 2, 2, ["--sequence-parallel"], marks=pytest.mark.slow),
     ],
 )
@@ -93,6 +93,7 @@ def test_square_experts(square: SimpleNamespace) -> None:
     assert found["rel_l2"] < 1e-5
 
 
+@pytest.mark.slow
 def test_stock_megatron_reads_it(plain: SimpleNamespace) -> None:
     code, found = load(plain.hf, plain.megatron, 1, "--spec=stock-local")
     assert (code, found["unequal"]) == (0, [])
