@@ -45,7 +45,6 @@ from gptoss_plugins.train.config import (
     TrainConfig,
     TrainingConfig,
 )
-from gptoss_plugins.train.ranks import data_parallel
 from gptoss_plugins.train.run.data import Steps, place_of
 from gptoss_plugins.train.run.figures import flops_per_token, peak
 from gptoss_plugins.train.run.step import train_step
@@ -183,7 +182,7 @@ class Worker:
     # --- training ---
 
     def _config(self, layers: int, length: int, rows: int, *, bf16: bool) -> TrainingConfig:
-        several = data_parallel_of(self.layout) > 1
+        several = place_of(self.place).ranks > 1
         return TrainingConfig(
             model=ModelConfig(
                 **SIZES[self.args.size],
@@ -276,14 +275,9 @@ class Worker:
 
     def their_logits(self) -> None:
         """Kept in files."""
-        folder, ids = self.args.folder / "hf", None
-        for dtype, experts in (
-            (torch.bfloat16, "eager"),
-            (torch.bfloat16, "grouped_mm"),
-        ):
-            ids = prompt(
-                megatron_fields(self._config(1, 1, 1, bf16=True).model)["vocab_size"], TOKENS
-            )
+        folder, dtype = self.args.folder / "hf", torch.bfloat16
+        ids = prompt(json.loads((folder / "config.json").read_bytes())["vocab_size"], TOKENS)
+        for experts in EXPERTS:
             made = hugging_face_logits(
                 folder, ids, dtype=dtype, device=self.place, quantized=True, experts=experts
             )
@@ -347,14 +341,6 @@ class Worker:
             if number:
                 best = min(best, time.monotonic() - started)
         return best
-
-
-def data_parallel_of(layout: Layout) -> int:
-    """Ranks that see different rows."""
-    model = ModelConfig(
-        tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp
-    )
-    return data_parallel(model, dist.get_world_size())
 
 
 def bus_bytes(of: dict[str, Any]) -> float:

@@ -175,20 +175,18 @@ def _in_float32(one: Tensor, two: Tensor, runs: int) -> Difference | None:
     count = one.numel()
     x = one.float()
     power = _held(x, x)
-    y = two.float()
-    pair = (one, two) if one.dtype == two.dtype else (x, y)
-    if power is not None and _same_bits(*pair):
+    if one.dtype != two.dtype:
+        one, two = x, two.float()
+    if power is not None and _same_bits(one, two):
         return Difference(
             count, count, powers=(power, power), product=power, blocks=runs, equal_blocks=runs
         )
+    y = two.float()
     error = y - x
     other, squares = _held(y, y), _held(error, error)
     if power is None or other is None or squares is None:
         return None
-    if one.dtype == two.dtype:
-        alike = _bits(one) == _bits(two)
-    else:
-        alike = (x == y) & (x.signbit() == y.signbit())
+    alike = _bits(one) == _bits(two)
     least, most = map(float, error.aminmax())
     return Difference(
         count,

@@ -25,6 +25,7 @@ from gptoss_convert.readahead import read_ahead
 from gptoss_convert.scratch import PAGE, Scratch
 from gptoss_convert.spoiled import Spoiled
 from gptoss_convert.staging import human
+from gptoss_convert.threads import torch_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -182,21 +183,17 @@ class Executor:
                 piece, and finished groups stay.
 
         """
-        import torch
-
         todo: list[Group] = []
         for group in self._groups:
             if self._sink.done(group) and self._notes.recall(group):
                 self._progress(group.nbytes)
             else:
                 todo.append(group)
-        before = torch.get_num_threads()
-        torch.set_num_threads(max(1, before // budget.workers))
-        try:
-            with ThreadPoolExecutor(budget.workers, "convert") as pool:
-                self._run_groups(pool, todo, budget)
-        finally:
-            torch.set_num_threads(before)
+        with (
+            torch_threads(budget.workers),
+            ThreadPoolExecutor(budget.workers, "convert") as pool,
+        ):
+            self._run_groups(pool, todo, budget)
 
     def _run_groups(self, pool: ThreadPoolExecutor, todo: Sequence[Group], budget: Budget) -> None:
         local = threading.local()

@@ -66,6 +66,23 @@ def test_an_error_is_told_once(kind: str, text: str) -> None:
     assert told.startswith(text)
 
 
+def test_only_processes_that_can_be_seen_are_missed() -> None:
+    """A number that means no process here may mean one in another container."""
+    from gptoss_plugins.gpt_model.peers import _has_ended, _machine
+
+    here = _machine()
+    assert here
+    assert not _has_ended(f"{here} {os.getpid()} 7", here)
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it is a zombie then
+    assert _has_ended(f"{here} {child.pid} 7", here)
+    child.wait()
+    assert _has_ended(f"{here} {child.pid} 7", here)
+    assert not _has_ended(f"{here}0 {child.pid} 7", here)
+    assert not _has_ended(f" {child.pid} 7", "")
+    assert not _has_ended("", here)
+
+
 @pytest.mark.slow
 def test_ranks_that_are_slow_are_not_gone() -> None:
     code, said, _ = outcome("slow")

@@ -47,5 +47,11 @@ def triton_missing(device: torch.device) -> str | None:
 
 
 @cache
+def has_numba() -> bool:
+    """Whether it is installed."""
+    return find_spec("numba") is not None
+
+
+@cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from fake_slurm import job_of
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TRAINING = ("slurm_pretrain.sh", "slurm_sft.sh", "slurm_peft.sh")
@@ -15,24 +18,8 @@ TRAINING = ("slurm_pretrain.sh", "slurm_sft.sh", "slurm_peft.sh")
 
 def steps(script: str, folder: Path, **variables: str) -> list[list[str]]:
     """The steps that a script starts, on two nodes of three GPUs; none of them finds a file."""
-    tools = folder / "tools"
-    tools.mkdir()
-    for name, text in {
-        "srun": 'printf "%s\\0" "$@" >>"$SEEN"; printf "\\n\\0" >>"$SEEN"',
-        "scontrol": "echo node-7",
-    }.items():
-        (tools / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tools / name).chmod(stat.S_IRWXU)
-    seen = folder / "seen"
-    around = {
-        "PATH": f"{tools}:{os.environ['PATH']}",
-        "SEEN": str(seen),
-        "SLURM_JOB_ID": "41",
-        "SLURM_JOB_NODELIST": "node-[7-8]",
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_GPUS_ON_NODE": "3",
-        **variables,
-    }
+    job = job_of(folder, 'printf "%s\\0" "$@" >>"$SEEN"; printf "\\n\\0" >>"$SEEN"')
+    around = {**job, "SLURM_GPUS_ON_NODE": "3", **variables}
     done = subprocess.run(
         ["bash", EXAMPLES / script],
         env=around,
@@ -42,7 +29,9 @@ def steps(script: str, folder: Path, **variables: str) -> list[list[str]]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return [step.strip("\0").split("\0") for step in seen.read_text().split("\0\n\0")[:-1]]
+    return [
+        step.strip("\0").split("\0") for step in Path(job["SEEN"]).read_text().split("\0\n\0")[:-1]
+    ]
 
 
 def trainings(script: str, folder: Path, **variables: str) -> list[list[str]]:

@@ -6,13 +6,15 @@ import json
 import os
 import re
 import shlex
-import stat
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from fake_slurm import job_of, path_with
 
 if TYPE_CHECKING:
     from conftest import RunCli
@@ -90,30 +92,14 @@ def test_scripts_are_sound_bash(invoke: RunCli) -> None:
 
 def _run(script: str, folder: Path, **environment: str) -> list[str]:
     """What the step of a script gets, from a srun that only writes it down."""
-    tools = folder / "tools"
-    tools.mkdir()
-    for name, text in {
-        "srun": 'printf "%s\\0" "$@" >"$SEEN"; env -0 >"$SEEN.env"; exit 5',
-        "scontrol": "echo node-7; echo node-8",
-    }.items():
-        (tools / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tools / name).chmod(stat.S_IRWXU)
-    seen = folder / "seen"
-    around = {
-        **os.environ,
-        "PATH": f"{tools}:{os.environ['PATH']}",
-        "SEEN": str(seen),
-        "SLURM_JOB_ID": "41",
-        "SLURM_JOB_NODELIST": "node-[7-8]",
-        "SLURM_JOB_NUM_NODES": "2",
-        **environment,
-    }
+    job = job_of(folder, 'printf "%s\\0" "$@" >"$SEEN"; env -0 >"$SEEN.env"; exit 5')
+    around = {**os.environ, **job, **environment}
     data = script.encode()
     assert b"\r\n" not in data  # or sbatch refuses it
     done = subprocess.run(["bash"], input=data, cwd=folder, env=around, check=False)
     assert done.returncode == 5  # the step's
     assert not (folder / "hacked").exists()
-    return seen.read_bytes().decode().split("\0")[:-1]
+    return Path(job["SEEN"]).read_bytes().decode().split("\0")[:-1]
 
 
 def test_words_and_variables_arrive_as_they_were(invoke: RunCli, tmp_path: Path) -> None:
@@ -139,9 +125,10 @@ def test_launchers_meet_at_the_first_node(invoke: RunCli, tmp_path: Path) -> Non
 
 
 def test_tasks_of_an_array_are_numbered(invoke: RunCli, tmp_path: Path) -> None:
-    words = ["--array", "3,4", "--", "generate", "--hf-model", "m", "--prompt", "%a of '%%a' $x %b"]
+    words = ["--array", "3,4", "--", "generate", "--hf-model", "m", "--prompt"]
+    words.append("%a of '%%a' $x %b \"$SLURM_JOB_ID\"")
     got = _run(dry(invoke, *words), tmp_path, SLURM_ARRAY_TASK_ID="4")
-    assert got[-1] == "4 of '%a' $x %b"
+    assert got[-1] == "4 of '%a' $x %b \"$SLURM_JOB_ID\""
 
 
 @pytest.mark.parametrize(
@@ -318,10 +305,7 @@ def test_results_that_go_with_the_container_are_warned_of(
 
 def _sbatch(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Slurm that does this in place of taking a script."""
-    for name in ("sbatch", "scontrol"):
-        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
-        (folder / name).chmod(stat.S_IRWXU)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", path_with(folder, sbatch=text, scontrol=text))
 
 
 def test_what_is_no_utf8_arrives(

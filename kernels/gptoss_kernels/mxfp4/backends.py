@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from gptoss_kernels.backends import triton_missing
+from gptoss_kernels.backends import has_numba, triton_missing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,7 +48,7 @@ def _anywhere(device: torch.device) -> str | None:
 def _numba(device: torch.device) -> str | None:
     if device.type != "cpu":
         return "runs on the CPU only"
-    return None if find_spec("numba") else "needs numba: pip install 'gptoss-convert[cpu]'"
+    return None if has_numba() else "needs numba: pip install 'gptoss-convert[cpu]'"
 
 
 AUTO = "auto"

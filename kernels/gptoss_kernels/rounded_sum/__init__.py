@@ -11,11 +11,11 @@ tensor([2., 1.], dtype=torch.bfloat16)
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from gptoss_kernels.backends import has_numba
 from gptoss_kernels.rounded_sum import reference
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def rounded_sum(weight: Tensor, change: Tensor, scale: float, out: Tensor) -> Ro
         and out.dtype in (torch.bfloat16, torch.float32)
         and weight.is_contiguous()
         and weight.numel() >= _LEAST
-        and find_spec("numba") is not None
+        and has_numba()
     )
     if not compiled:
         return Rounding(*reference.rounded_sum(weight, change, scale, out))

@@ -6,7 +6,6 @@ Nothing is merged before it is asked for, and then only the rows that are.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import threading
 from dataclasses import replace
@@ -18,12 +17,13 @@ from gptoss_convert.fit import Input
 from gptoss_convert.loss import Loss
 from gptoss_convert.pieces import Piece, decoded, read_parts
 from gptoss_convert.scratch import Scratch
+from gptoss_convert.threads import torch_threads
 from gptoss_convert.types import TensorSpec
 from gptoss_plugins.adapter.opening import open_adapter
 from gptoss_plugins.adapter.ops import swaps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -117,9 +117,7 @@ class MergedSource:
         first, stop, _ = (rows or slice(None)).indices(found.spec.shape[0])
         nbytes = found.spec.nbytes // found.spec.shape[0] * (stop - first)
         made = memory.take(nbytes).view(torch_dtype(found.spec.dtype))
-        own = self._latest.__dict__.setdefault(
-            "scratch", Scratch()
-        )  # of the thread, for this alone
+        own = self._latest.__dict__.setdefault("scratch", Scratch())  # the thread's, for this alone
         own.reset()
         weight = self._stored(found, first, stop, own)
         left, right = self._factors(found)
@@ -131,7 +129,7 @@ class MergedSource:
         each = max(1, _CHUNK // weight.shape[-1])
         room = own.take(4 * each * weight.shape[-1]).view(torch.float32)
         try:
-            with _one_thread():
+            with torch_threads():  # the converter's others are busy
                 loss = _merge(weight, left, right, self._adapter.scale, made, room.view(each, -1))
         except OverflowError as error:
             raise ConvertError(
@@ -176,21 +174,6 @@ class MergedSource:
         if found.target.is_shared:
             a, b = (factor.expand(experts, *factor.shape) for factor in (a, b))
         return (b, a) if self._base.side == "megatron" else _as_in_hf(rule, found.number, a, b)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Torch takes one in this thread: the converter's others are busy, and torch's would wait for each
-    other at full speed.
-    """
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _as_in_hf(rule: Rule, number: int, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

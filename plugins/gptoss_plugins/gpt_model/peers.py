@@ -44,10 +44,10 @@ class Peers:
     def __init__(self) -> None:
         self._rank, world = dist.get_rank(), dist.get_world_size()
         self._others = {rank: _Word("", 0) for rank in range(world) if rank != self._rank}
-        self._own, self._host = f"{socket.gethostname()} {os.getpid()}", socket.gethostname()
+        self._machine = _machine()
         self._closed = threading.Event()
         self._store = _store()
-        self._say(f"{self._own} 0")
+        self._beat(0)
         self._end_of_main = _Termination()
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
         self._thread.start()
@@ -82,6 +82,9 @@ class Peers:
         with contextlib.suppress(RuntimeError):
             self._say(_DONE)
 
+    def _beat(self, number: int) -> None:
+        self._say(f"{self._machine} {os.getpid()} {number}")
+
     def _say(self, what: str) -> None:
         self._store.set(str(self._rank), what)
 
@@ -90,7 +93,7 @@ class Peers:
         while not self._closed.wait(_BEAT):
             beat += 1
             try:
-                self._say(f"{self._own} {beat}")
+                self._beat(beat)
                 gone = self._gone()
             except RuntimeError:  # the store is with the launcher, or with rank 0
                 if self._closed.wait(5 * _BEAT):
@@ -109,20 +112,9 @@ class Peers:
             self._others[rank] = _Word(said, age)
             if said == _FAILED:
                 self._leave()
-            if said != _DONE and (age > _SILENCE or (age and self._has_ended(said))):
+            if said != _DONE and (age > _SILENCE or (age and _has_ended(said, self._machine))):
                 return rank
         return None
-
-    def _has_ended(self, said: str) -> bool:
-        """Whether a process of this machine, that was there, is not any more."""
-        host, _, rest = said.rpartition(" ")[0].rpartition(" ")
-        if host != self._host or not rest:
-            return False
-        try:
-            state = Path(f"/proc/{rest}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:  # or it cannot be seen from here, and its silence has to do
-            return not Path("/proc", rest).exists() and Path("/proc/self").exists()
-        return state in "ZX"
 
     def _end(self, rank: int) -> None:
         told = 1
@@ -192,6 +184,29 @@ class _Termination:
                 os.kill(os.getpid(), signal.SIGTERM)
             self._reader.close()
             self._writer.close()
+
+
+def _machine() -> str:
+    """What processes that see each other in /proc have alike, and no others; "" where there is none."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _has_ended(said: str, machine: str) -> bool:
+    """Whether a process of this machine is not there any more, by what it said last."""
+    theirs, _, rest = said.partition(" ")
+    if not theirs or theirs != machine:
+        return False  # its silence has to do
+    try:
+        stat = Path("/proc", rest.partition(" ")[0], "stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] in "ZX"
 
 
 def _store() -> Any:

@@ -29,14 +29,14 @@ def world_of(
 ) -> Iterator[torch.device]:
     """The ranks, joined in a layout; on CPUs megatron-core's calls for CUDA mean the CPU.
 
+    Where there are several ranks, each notices when another is gone; of their errors, one is told.
+
     Args:
         layout: of the ranks.
         device: ``cpu`` or ``cuda``; CUDA where there is one, if None.
         schedules: whether megatron-core's pipeline schedules or its optimizer will run.
         cp: context-parallel ranks, which cut no weights and so are not of the layout.
         seed: of random weights.
-
-    Where there are several ranks, each notices when another is gone; of errors, one is told.
 
     Raises:
         ConfigError: there are not as many ranks as the layout needs.

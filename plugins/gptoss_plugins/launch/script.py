@@ -76,19 +76,21 @@ def render(inner: Inner, size: Size, request: Request, folder: Path) -> str:
 
     """
     options = "".join(f"#SBATCH {option}\n" for option in _options(inner, size, request, folder))
+    told, again = _TOLD, _AGAIN
+    if request.array:
+        told, again = (text.replace(_JOB, _TASK) for text in (told, again))
     parts = [
         f"#!/usr/bin/env bash\n{_comment(inner, size)}{options}set -u\n",
         _environment(inner, request),
         _command(inner, request),
         _launcher(inner, size, request),
-        _TOLD,
+        told,
         _step(inner, size, request, folder)
         + _END
-        + (_AGAIN if request.requeue else _OVER)
+        + (again if request.requeue else _OVER)
         + 'exit "$status"\n',
     ]
-    text = "\n".join(part for part in parts if part)
-    return text.replace(_JOB, _TASK) if request.array else text
+    return "\n".join(part for part in parts if part)
 
 
 def _quoted(word: str) -> str:

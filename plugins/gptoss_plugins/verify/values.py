@@ -13,6 +13,7 @@ from gptoss_convert.errors import ConvertError
 from gptoss_convert.logical import Key, Logical, in_common, pieces, read, shapes_of
 from gptoss_convert.plan import step_bytes_in
 from gptoss_convert.scratch import Scratch
+from gptoss_convert.threads import torch_threads
 from gptoss_convert.types import Finding, Pair
 from gptoss_plugins.mxfp4 import BLOCK
 from gptoss_plugins.verify.finite import not_finite, spoiled_by_design
@@ -96,20 +97,13 @@ def compare_values(
         crew: the processes at it; this one reads its share.
 
     """
-    import torch
-
     count = workers or max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0))))
     looks = [v.check for v in validators if v.stage == "values"]
     work = _Work(first, second, looks, progress, spoiled_by_design(first, codecs))
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before // count))
-    try:
-        with ThreadPoolExecutor(count, "verify") as pool:
-            for number, jobs in enumerate(_pairs(first, second)):
-                if crew is None or number % crew.size == crew.rank:
-                    list(pool.map(work.run, _jobs(*jobs)))
-    finally:
-        torch.set_num_threads(before)
+    with torch_threads(count), ThreadPoolExecutor(count, "verify") as pool:
+        for number, jobs in enumerate(_pairs(first, second)):
+            if crew is None or number % crew.size == crew.rank:
+                list(pool.map(work.run, _jobs(*jobs)))
     return work.result()
 
 
