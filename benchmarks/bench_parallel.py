@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import filecmp
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -34,13 +35,14 @@ from typing import Any
 
 import torch
 from bench_logits import make
-from parallel_worker import EXPERTS, FLOAT32_LAYERS, SIZES
+from parallel_worker import EXPERTS, FLOAT32_LAYERS, SIZES, THEIRS
 from safetensors.torch import load_file
 
 from gptoss_plugins.train.architecture import hf_config
 from gptoss_plugins.train.config import ModelConfig
 
 LAYOUTS = {"one": (1, 1, 1), "tp2": (2, 1, 1), "pp2": (1, 2, 1), "ep2": (1, 1, 2)}
+SEVERAL = [name for name, sizes in LAYOUTS.items() if math.prod(sizes) > 1]
 NEAR, LOSS, NOISE = (
     1e-5,
     1e-4,
@@ -51,29 +53,37 @@ MISMATCH = 3  # exit code of roundtrip, where something does not match
 HERE = Path(__file__).parent
 
 
-def launch(ranks: int, *command: str) -> str:
-    """Standard output of a command on so many ranks."""
+def launch(ranks: int, *command: str, first: int = 0) -> subprocess.Popen[str]:
+    """Start a command on so many ranks; one alone takes the GPU ``first``."""
     start = [sys.executable]
     if ranks > 1:
-        start += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=29531"]
-    done = subprocess.run([*start, *command], stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode not in (0, MISMATCH):
-        raise SystemExit(f"failed ({done.returncode}): {' '.join(command)}")
-    return done.stdout
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    threads = str(max(1, (os.cpu_count() or 1) // 4))
+    env = {"OMP_NUM_THREADS": threads, **os.environ, "LOCAL_RANK": str(first)}
+    return subprocess.Popen([*start, *command], stdout=subprocess.PIPE, text=True, env=env)
+
+
+def output(of: subprocess.Popen[str]) -> str:
+    """What a command printed; ends the benchmark if it failed."""
+    said, _ = of.communicate()
+    if of.returncode not in (0, MISMATCH):
+        raise SystemExit(f"failed ({of.returncode}): {of.args}")
+    return said
 
 
 def prepare(args: argparse.Namespace) -> None:
     """The checkpoints: ``hf``, of full width; ``shallow-hf``, its first layers; ``small-hf``."""
     shutil.rmtree(args.folder, ignore_errors=True)
     wanted = "tiny" if args.tiny else "20b"
-    for name, size, layers in (
-        ("hf", wanted, args.layers),
-        ("shallow-hf", wanted, min(FLOAT32_LAYERS, args.layers)),
-        ("small-hf", "tiny", 4),
-    ):
+    sizes = [("hf", wanted, args.layers), ("small-hf", "tiny", 4)]
+    if args.layers > FLOAT32_LAYERS:
+        sizes.append(("shallow-hf", wanted, FLOAT32_LAYERS))
+    for name, size, layers in sizes:
         config = hf_config(ModelConfig(**SIZES[size], num_layers=layers))
         config["quantization_config"] = {"quant_method": "mxfp4"}
         make(args.folder / name, config, args.device)
+    if args.layers <= FLOAT32_LAYERS:
+        (args.folder / "shallow-hf").symlink_to("hf")
 
 
 def imports(args: argparse.Namespace) -> dict[str, Any]:
@@ -82,7 +92,7 @@ def imports(args: argparse.Namespace) -> dict[str, Any]:
     for ranks, name in ((1, "megatron"), (2, "megatron-2")):
         started = time.monotonic()
         where = ("--hf-model", str(args.folder / "hf"), "--megatron-path", str(args.folder / name))
-        launch(ranks, "-m", "gptoss_convert", "import", *where, "--device", args.device)
+        output(launch(ranks, "-m", "gptoss_convert", "import", *where, "--device", args.device))
         seconds.append(time.monotonic() - started)
     one, two = args.folder / "megatron", args.folder / "megatron-2"
     names = [str(path.relative_to(one)) for path in one.rglob("*") if path.is_file()]
@@ -97,28 +107,40 @@ def layout_options(name: str) -> list[str]:
     return [part for option, count in pairs for part in (option, str(count))]
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """What a layout's ranks find."""
-    ranks = 1 if name == "one" else 2
+def worker(name: str, args: argparse.Namespace) -> subprocess.Popen[str]:
+    """Start what a layout's ranks measure, or transformers on the last GPU."""
     folder = ("--folder", str(args.folder), "--device", args.device)
     sizes = ("layers", "length", "rows", "prefill")
     more = [part for size in sizes for part in (f"--{size}", str(getattr(args, size)))]
     more += ["--size", "tiny" if args.tiny else "20b"]
-    options = [*layout_options(name), *folder, *more]
-    launch(ranks, str(HERE / "parallel_worker.py"), name, *options)
+    options = layout_options(name) if name in LAYOUTS else []
+    ranks = math.prod(LAYOUTS.get(name, (1,)))
+    command = (str(HERE / "parallel_worker.py"), name, *options, *folder, *more)
+    return launch(ranks, *command, first=int(name == THEIRS))
+
+
+def figures(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What a worker found."""
     found: dict[str, Any] = json.loads((args.folder / f"{name}.json").read_bytes())
-    if name == "one":
-        return found
+    return found
+
+
+def roundtrip(name: str, args: argparse.Namespace) -> subprocess.Popen[str]:
+    """Start the command at a layout."""
     both = ("--hf-model", str(args.folder / "hf"), "--megatron-path", str(args.folder / "megatron"))
     how = ("--torch-dtype", "float32", "--device", args.device, "--json")
-    said = launch(ranks, "-m", "gptoss_convert", "roundtrip", *both, *layout_options(name), *how)
+    command = ("-m", "gptoss_convert", "roundtrip", *both, *layout_options(name), *how)
+    return launch(math.prod(LAYOUTS[name]), *command)
+
+
+def what_matched(said: str) -> dict[str, Any]:
+    """In a roundtrip."""
     trip = json.loads(said)
-    found["roundtrip"] = {
+    return {
         "tensors": len(trip["tensors"]),
         "equal": sum(row["match"] for row in trip["tensors"]),
         "relative_error": trip["logits"]["relative_error"],
     }
-    return found
 
 
 def error(args: argparse.Namespace, dtype: str, one: str, two: str) -> float:
@@ -136,13 +158,14 @@ def apart(one: list[float], two: list[float]) -> float:
 
 
 def compared(
-    name: str, own: dict[str, Any], alone: dict[str, Any], args: argparse.Namespace
+    name: str, found: dict[str, dict[str, Any]], args: argparse.Namespace
 ) -> dict[str, Any]:
     """A layout beside one GPU and transformers."""
+    own, alone, theirs = found[name], found["one"], found[THEIRS]
     eager, grouped = (f"transformers-{experts}" for experts in EXPERTS)
     noise = (
         error(args, "bfloat16", eager, grouped),
-        apart(*(alone[f"transformers' losses, {experts}"] for experts in EXPERTS)),
+        apart(*(theirs[f"losses, {experts}"] for experts in EXPERTS)),
     )
     near = min(error(args, "bfloat16", other, name) for other in (eager, grouped))
     bfloat16 = apart(alone["training"]["losses"], own["training"]["losses"])
@@ -170,7 +193,7 @@ def judged(rows: dict[str, dict[str, Any]], imported: dict[str, Any], *, timed: 
     """What is not as it should be."""
     wrong = [] if imported["same_files"] and not imported["other_files"] else ["import"]
     for name, row in rows.items():
-        if name == "one":
+        if name not in SEVERAL:
             continue
         wrong += [f"{name}: {key}" for key in ("weights", "greedy") if not row[key]]
         for key, most in (
@@ -182,7 +205,7 @@ def judged(rows: dict[str, dict[str, Any]], imported: dict[str, Any], *, timed: 
         ):
             if row[key] is None or not row[key] <= most:
                 wrong.append(f"{name}: {key} {row[key]}")
-    several = [row for name, row in rows.items() if name != "one"]
+    several = [rows[name] for name in SEVERAL]
     if timed:
         for key in ("prefill", "training"):
             if max(row[key] for row in several) < SPEED:
@@ -232,7 +255,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, required=True, help="of all files; emptied")
-    parser.add_argument("--layers", type=int, default=4, help="even")
+    parser.add_argument("--layers", type=int, default=2, help="even")
     parser.add_argument("--length", type=int, help="tokens of a row that is learned: 4096")
     parser.add_argument("--rows", type=int, default=8, help="of a step; even")
     parser.add_argument("--prefill", type=int, help="tokens of the long prompt: 8192")
@@ -245,11 +268,16 @@ def main() -> int:
     prepare(args)
     imported = imports(args)
     print(f"import by one process and by two: {imported}", flush=True)
-    found: dict[str, Any] = {}
+    untimed = [roundtrip(name, args) for name in SEVERAL] + [worker(THEIRS, args)]
+    *trips, _ = (output(one) for one in untimed)
+    found: dict[str, Any] = {THEIRS: figures(THEIRS, args)}
     rows: dict[str, Any] = {}
     for name in LAYOUTS:
-        found[name] = measure(name, args)
-        rows[name] = compared(name, found[name], found["one"], args)
+        output(worker(name, args))
+        found[name] = figures(name, args)
+        if name in SEVERAL:
+            found[name]["roundtrip"] = what_matched(trips[SEVERAL.index(name)])
+        rows[name] = compared(name, found, args)
         print(f"{name}: {json.dumps(rows[name])}\n{json.dumps(found[name])}", flush=True)
     shutil.rmtree(args.folder)
     print_table(found, rows)

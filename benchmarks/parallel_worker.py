@@ -53,6 +53,7 @@ from gptoss_plugins.verify.logits import hugging_face_logits, prompt
 
 TOKENS = 300  # of the prompt whose logits are compared: more than the window
 NEW = 32
+THEIRS = "transformers"
 EXPERTS = ("eager", "grouped_mm")  # transformers' implementations
 LOSSES = 10
 FLOAT32_LAYERS, FLOAT32_LENGTH, FLOAT32_ROWS = 2, 512, 2
@@ -116,16 +117,17 @@ class Worker:
 
     def parts(self) -> Iterator[tuple[str, Callable[[], Any]]]:
         """What there is to measure."""
+        if self.args.name == THEIRS:
+            yield "logits", self.their_logits
+            for experts in EXPERTS:
+                yield f"losses, {experts}", lambda e=experts: self.their_losses(e)
+            return
         yield "greedy", self.greedy
         yield "logits, float32", lambda: self.logits(torch.float32)
         yield "logits, bfloat16", lambda: self.logits(torch.bfloat16)
         yield "inference", self.inference
         yield "losses, float32", self.losses_float32
         yield "training", self.training
-        if self.is_alone:
-            yield "transformers' logits", self.their_logits
-            for experts in EXPERTS:
-                yield f"transformers' losses, {experts}", lambda e=experts: self.their_losses(e)
 
     # --- inference ---
 
