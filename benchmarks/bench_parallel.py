@@ -8,8 +8,8 @@ and small ones. Then, on one GPU and on two at (tp, pp, ep) = (2, 1, 1), (1, 2, 
 
 * ``import`` by one process and by two, a GPU each; the files are compared
 * ``roundtrip`` in float32: all weights, and the logits against transformers'
-* logits against one GPU's, in float32 and bfloat16; bfloat16 beside what transformers' own two
-  implementations of the experts differ by, relative errors (L2) over all logits
+* logits against one GPU's, in float32 and bfloat16: relative errors (L2) over all logits; bfloat16
+  beside what transformers' own two implementations of the experts differ by
 * greedy answers of a small model in float32; prefill and decoding at full width
 * ten steps of training in float32 (two layers) and bfloat16: losses beside one GPU's; tokens per
   second of ``--rows`` rows a step, memory, and what NCCL moved
@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 from bench_logits import make
-from parallel_worker import EXPERTS, FLOAT32_LAYERS, SIZES, THEIRS
+from parallel_worker import EXPERTS, FLOAT32_LAYERS, INFERENCE, SIZES, SPEED, THEIRS, VALUES
 from safetensors.torch import load_file
 
 from gptoss_plugins.train.architecture import hf_config
@@ -48,7 +48,7 @@ NEAR, LOSS, NOISE = (
     1e-4,
     1.5,
 )  # relative error of logits; of losses; times transformers' noise
-SPEED, MEMORY = 1.6, 0.65  # of one GPU's
+FASTER, MEMORY = 1.6, 0.65  # of one GPU's
 MISMATCH = 3  # exit code of roundtrip, where something does not match
 HERE = Path(__file__).parent
 
@@ -84,6 +84,8 @@ def prepare(args: argparse.Namespace) -> None:
         make(args.folder / name, config, args.device)
     if args.layers <= FLOAT32_LAYERS:
         (args.folder / "shallow-hf").symlink_to("hf")
+    if args.device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def imports(args: argparse.Namespace) -> dict[str, Any]:
@@ -107,21 +109,19 @@ def layout_options(name: str) -> list[str]:
     return [part for option, count in pairs for part in (option, str(count))]
 
 
-def worker(name: str, args: argparse.Namespace) -> subprocess.Popen[str]:
-    """Start what a layout's ranks measure, or transformers on the last GPU."""
+def worker(name: str, what: str, args: argparse.Namespace) -> subprocess.Popen[str]:
+    """Start what a layout's ranks measure; one that only checks values takes the last GPU."""
     folder = ("--folder", str(args.folder), "--device", args.device)
     sizes = ("layers", "length", "rows", "prefill")
     more = [part for size in sizes for part in (f"--{size}", str(getattr(args, size)))]
     more += ["--size", "tiny" if args.tiny else "20b"]
-    options = layout_options(name) if name in LAYOUTS else []
-    ranks = math.prod(LAYOUTS.get(name, (1,)))
-    command = (str(HERE / "parallel_worker.py"), name, *options, *folder, *more)
-    return launch(ranks, *command, first=int(name == THEIRS))
+    command = (str(HERE / "parallel_worker.py"), name, what, *layout_options(name), *folder, *more)
+    return launch(math.prod(LAYOUTS[name]), *command, first=int(what != SPEED))
 
 
-def figures(name: str, args: argparse.Namespace) -> dict[str, Any]:
+def figures(name: str, what: str, args: argparse.Namespace) -> dict[str, Any]:
     """What a worker found."""
-    found: dict[str, Any] = json.loads((args.folder / f"{name}.json").read_bytes())
+    found: dict[str, Any] = json.loads((args.folder / f"{name}-{what}.json").read_bytes())
     return found
 
 
@@ -143,6 +143,18 @@ def what_matched(said: str) -> dict[str, Any]:
     }
 
 
+def values(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What is not timed; roundtrips and transformers at the same time, where memory allows that."""
+    trips = {name: roundtrip(name, args) for name in SEVERAL}
+    output(worker("one", THEIRS, args))
+    found = {name: {"roundtrip": what_matched(output(trip))} for name, trip in trips.items()}
+    found["one"] = {"theirs": figures("one", THEIRS, args)}
+    for name in LAYOUTS:
+        output(worker(name, VALUES, args))
+        found[name] |= figures(name, VALUES, args)
+    return found
+
+
 def error(args: argparse.Namespace, dtype: str, one: str, two: str) -> float:
     """Relative error of the second's logits."""
     first, second = (
@@ -157,94 +169,102 @@ def apart(one: list[float], two: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(one, two, strict=True))
 
 
-def compared(
-    name: str, found: dict[str, dict[str, Any]], args: argparse.Namespace
-) -> dict[str, Any]:
-    """A layout beside one GPU and transformers."""
-    own, alone, theirs = found[name], found["one"], found[THEIRS]
+def beside(name: str, found: dict[str, dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+    """A layout's values beside one GPU's and transformers'."""
+    own, alone = found[name], found["one"]
     eager, grouped = (f"transformers-{experts}" for experts in EXPERTS)
     noise = (
         error(args, "bfloat16", eager, grouped),
-        apart(*(theirs[f"losses, {experts}"] for experts in EXPERTS)),
+        apart(*(alone["theirs"][f"losses, {experts}"] for experts in EXPERTS)),
     )
     near = min(error(args, "bfloat16", other, name) for other in (eager, grouped))
     bfloat16 = apart(alone["training"]["losses"], own["training"]["losses"])
-    trip, trained = own.get("roundtrip"), own["training"]
+    trip = own.get("roundtrip")
     return {
         "weights": trip and trip["equal"] == trip["tensors"] > 0,
         "greedy": own["greedy"] == alone["greedy"],
         "logits, float32, to transformers": trip and trip["relative_error"],
         "logits, float32, to one": error(args, "float32", "one", name),
         "losses, float32, to one": apart(alone["losses, float32"], own["losses, float32"]),
-        "logits, bfloat16, of noise": near / (noise[0] or 1.0),
-        "losses, bfloat16, of noise": bfloat16 / (noise[1] or 1.0),
+        "logits, bfloat16, to transformers, of noise": near / (noise[0] or 1.0),
+        "logits, bfloat16, to one, of noise": error(args, "bfloat16", "one", name)
+        / (noise[0] or 1.0),
+        "losses, bfloat16, to one, of noise": bfloat16 / (noise[1] or 1.0),
         "noise": noise,
-        **{
-            key: rate / alone["inference"][key]
-            for key, rate in own["inference"].items()
-            if key != "gigabytes"
-        },
-        "training": trained["tokens_per_second"] / alone["training"]["tokens_per_second"],
-        "memory": trained["gigabytes"] / (alone["training"]["gigabytes"] or 1.0),
     }
 
 
-def judged(rows: dict[str, dict[str, Any]], imported: dict[str, Any], *, timed: bool) -> list[str]:
-    """What is not as it should be."""
-    wrong = [] if imported["same_files"] and not imported["other_files"] else ["import"]
-    for name, row in rows.items():
-        if name not in SEVERAL:
-            continue
-        wrong += [f"{name}: {key}" for key in ("weights", "greedy") if not row[key]]
-        for key, most in (
-            ("logits, float32, to transformers", NEAR),
-            ("logits, float32, to one", NEAR),
-            ("losses, float32, to one", LOSS),
-            ("logits, bfloat16, of noise", NOISE),
-            ("losses, bfloat16, of noise", NOISE),
-        ):
-            if row[key] is None or not row[key] <= most:
+def ratios(own: dict[str, Any], alone: dict[str, Any]) -> dict[str, float]:
+    """Of a layout's speed and memory to one GPU's."""
+    found = {
+        key: rate / alone["inference"][key]
+        for key, rate in own["inference"].items()
+        if key != "gigabytes"
+    }
+    if "training" in own:
+        mine, theirs = own["training"], alone["training"]
+        found["training"] = mine["tokens_per_second"] / theirs["tokens_per_second"]
+        found["memory"] = mine["gigabytes"] / (theirs["gigabytes"] or 1.0)
+    return found
+
+
+MOST = {
+    "logits, float32, to transformers": NEAR,
+    "logits, float32, to one": NEAR,
+    "losses, float32, to one": LOSS,
+    "logits, bfloat16, to one, of noise": NOISE,
+    "losses, bfloat16, to one, of noise": NOISE,
+}
+
+
+def judged(rows: dict[str, dict[str, Any]], *, timed: bool) -> list[str]:
+    """What is not as it should be, of what was measured."""
+    wrong = []
+    several = {name: rows[name] for name in SEVERAL}
+    for name, row in several.items():
+        wrong += [f"{name}: {key}" for key in ("weights", "greedy") if not row.get(key, True)]
+        for key, most in MOST.items():
+            if key in row and not (row[key] is not None and row[key] <= most):
                 wrong.append(f"{name}: {key} {row[key]}")
-    several = [rows[name] for name in SEVERAL]
-    if timed:
-        for key in ("prefill", "training"):
-            if max(row[key] for row in several) < SPEED:
-                wrong.append(f"{key} is not {SPEED} times as fast at any layout")
-        if min(row["memory"] for row in several) > MEMORY:
-            wrong.append(f"no layout takes {MEMORY} of one GPU's memory")
+    if not timed:
+        return wrong
+    for key in ("prefill", "training"):
+        rates = [row[key] for row in several.values() if key in row]
+        if rates and max(rates) < FASTER:
+            wrong.append(f"{key} is not {FASTER} times as fast at any layout")
+    if min(row.get("memory", 0.0) for row in several.values()) > MEMORY:
+        wrong.append(f"no layout takes {MEMORY} of one GPU's memory")
     return wrong
 
 
 def print_table(found: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
-    """A column per layout; ratios are to one GPU."""
-    print(f"{'':36}" + "".join(f"{name:>14}" for name in rows))
+    """A column per layout, what was not measured left out; ratios are to one GPU."""
+    print(f"{'':44}" + "".join(f"{name:>12}" for name in rows))
 
-    def said(holds: bool | None) -> str:
-        return "" if holds is None else "yes" if holds else "NO"
+    def said(holds: bool | None) -> str | None:
+        return None if holds is None else "yes" if holds else "NO"
 
     def line(title: str, values: list[Any], form: str) -> None:
-        cells = (f"{'' if value is None else format(value, form):>14}" for value in values)
-        print(f"{title:36}" + "".join(cells))
+        if any(value is not None for value in values):
+            cells = (f"{'' if value is None else format(value, form):>12}" for value in values)
+            print(f"{title:44}" + "".join(cells))
 
-    line("weights equal", [said(r["weights"]) for r in rows.values()], "s")
-    line("greedy answers equal", [said(r["greedy"]) for r in rows.values()], "s")
-    for key in (
-        "logits, float32, to transformers",
-        "logits, float32, to one",
-        "losses, float32, to one",
-    ):
-        line(key, [row[key] for row in rows.values()], ".1e")
-    for key in ("logits, bfloat16, of noise", "losses, bfloat16, of noise"):
-        line(key, [row[key] for row in rows.values()], ".2f")
+    line("weights equal", [said(r.get("weights")) for r in rows.values()], "s")
+    line("greedy answers equal", [said(r.get("greedy")) for r in rows.values()], "s")
+    for key in MOST:
+        form = ".2f" if key.endswith("noise") else ".1e"
+        line(key, [row.get(key) for row in rows.values()], form)
+    key = "logits, bfloat16, to transformers, of noise"
+    line(key, [row.get(key) for row in rows.values()], ".2f")
     for key in ("prefill", "decoding, batch 1", "decoding, batch 32"):
         line(f"{key}, tokens/s", [found[n]["inference"][key] for n in rows], ",.0f")
         line("", [row[key] for row in rows.values()], ".2f")
-    training = [found[name]["training"] for name in rows]
-    line("training, tokens/s", [t["tokens_per_second"] for t in training], ",.0f")
-    line("", [row["training"] for row in rows.values()], ".2f")
-    line("MFU", [t["mfu"] for t in training], ".1%")
-    line("training, GB on each GPU", [t["gigabytes"] for t in training], ".1f")
-    line("", [row["memory"] for row in rows.values()], ".2f")
+    training = [found[name].get("training", {}) for name in rows]
+    line("training, tokens/s", [t.get("tokens_per_second") for t in training], ",.0f")
+    line("", [row.get("training") for row in rows.values()], ".2f")
+    line("MFU", [t.get("mfu") for t in training], ".1%")
+    line("training, GB on each GPU", [t.get("gigabytes") for t in training], ".1f")
+    line("", [row.get("memory") for row in rows.values()], ".2f")
     line("over the bus in a step, GB", [t.get("bus_gigabytes") for t in training], ".2f")
     line("at, GB/s", [t.get("bus_bandwidth") for t in training], ".0f")
 
@@ -258,33 +278,37 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=2, help="even")
     parser.add_argument("--length", type=int, help="tokens of a row that is learned: 4096")
     parser.add_argument("--rows", type=int, default=8, help="of a step; even")
-    parser.add_argument("--prefill", type=int, help="tokens of the long prompt: 8192")
+    parser.add_argument("--prefill", type=int, help="tokens of the long prompt: 32768")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument(
+        "--only-inference", action="store_true", help="its speed, after importing; no values"
+    )
     parser.add_argument("--tiny", action="store_true", help="the tiny model, to try it out")
     args = parser.parse_args()
     args.length = args.length or (160 if args.tiny else 4096)
-    args.prefill = args.prefill or (640 if args.tiny else 8192)
+    args.prefill = args.prefill or (640 if args.tiny else 32768)
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     prepare(args)
     imported = imports(args)
     print(f"import by one process and by two: {imported}", flush=True)
-    untimed = [roundtrip(name, args) for name in SEVERAL] + [worker(THEIRS, args)]
-    *trips, _ = (output(one) for one in untimed)
-    found: dict[str, Any] = {THEIRS: figures(THEIRS, args)}
+    found = {name: {} for name in LAYOUTS} if args.only_inference else values(args)
     rows: dict[str, Any] = {}
+    what = INFERENCE if args.only_inference else SPEED
     for name in LAYOUTS:
-        output(worker(name, args))
-        found[name] = figures(name, args)
-        if name in SEVERAL:
-            found[name]["roundtrip"] = what_matched(trips[SEVERAL.index(name)])
-        rows[name] = compared(name, found, args)
+        output(worker(name, what, args))
+        found[name] |= figures(name, what, args)
+        rows[name] = ratios(found[name], found["one"])
+        rows[name] |= {} if args.only_inference else beside(name, found, args)
         print(f"{name}: {json.dumps(rows[name])}\n{json.dumps(found[name])}", flush=True)
     shutil.rmtree(args.folder)
     print_table(found, rows)
-    noise = rows["one"]["noise"]
-    print(f"transformers' own noise: logits {noise[0]:.1e}, losses {noise[1]:.1e}")
+    if "noise" in rows["one"]:
+        noise = rows["one"]["noise"]
+        print(f"transformers' own noise: logits {noise[0]:.1e}, losses {noise[1]:.1e}")
     where = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    wrong = judged(rows, imported, timed=args.device == "cuda")
+    wrong = judged(rows, timed=args.device == "cuda")
+    if not imported["same_files"] or imported["other_files"]:
+        wrong.append("files imported by two processes are others than one's")
     print("\n".join(f"not met: {what}" for what in wrong) or "all met")
     print(json.dumps({"device": where, "import": imported, "found": found, "compared": rows}))
     return int(bool(wrong))

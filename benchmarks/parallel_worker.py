@@ -1,7 +1,8 @@
 """What ``bench_parallel.py`` starts on every rank: one layout, from greedy text to training.
 
-Everything is done in one launch, for which torch's process groups are set up once. Rank 0 writes
-``<name>.json`` into the folder, the rank with the logits ``<name>.safetensors``.
+A launch does all that is measured of a kind; what is trained last stays in memory until it ends, since
+megatron-core's hooks hold on to it. Rank 0 writes ``<name>-<what>.json`` into the folder, the rank with
+the logits ``<name>-<dtype>.safetensors``.
 """
 
 from __future__ import annotations
@@ -53,7 +54,12 @@ from gptoss_plugins.verify.logits import hugging_face_logits, prompt
 
 TOKENS = 300  # of the prompt whose logits are compared: more than the window
 NEW = 32
-THEIRS = "transformers"
+VALUES, SPEED, INFERENCE, THEIRS = (
+    "values",
+    "speed",
+    "inference",
+    "transformers",
+)  # what a launch measures
 EXPERTS = ("eager", "grouped_mm")  # transformers' implementations
 LOSSES = 10
 FLOAT32_LAYERS, FLOAT32_LENGTH, FLOAT32_ROWS = 2, 512, 2
@@ -79,7 +85,8 @@ class Rows:
 def main() -> None:
     """One layout."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("name")
+    parser.add_argument("name", help="of the layout")
+    parser.add_argument("what", choices=[VALUES, SPEED, INFERENCE, THEIRS])
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--ep", type=int, default=1)
@@ -102,9 +109,9 @@ def main() -> None:
             tidy()
             if dist.get_rank() == 0:
                 took = time.monotonic() - started
-                print(f"{args.name}: {name} {took:.0f} s", file=sys.stderr, flush=True)
+                print(f"{args.name}, {args.what}: {name} {took:.0f} s", file=sys.stderr, flush=True)
         if dist.get_rank() == 0:
-            (args.folder / f"{args.name}.json").write_text(json.dumps(found))
+            (args.folder / f"{args.name}-{args.what}.json").write_text(json.dumps(found))
 
 
 class Worker:
@@ -117,17 +124,19 @@ class Worker:
 
     def parts(self) -> Iterator[tuple[str, Callable[[], Any]]]:
         """What there is to measure."""
-        if self.args.name == THEIRS:
+        if self.args.what == THEIRS:
             yield "logits", self.their_logits
             for experts in EXPERTS:
                 yield f"losses, {experts}", lambda e=experts: self.their_losses(e)
-            return
-        yield "greedy", self.greedy
-        yield "logits, float32", lambda: self.logits(torch.float32)
-        yield "logits, bfloat16", lambda: self.logits(torch.bfloat16)
-        yield "inference", self.inference
-        yield "losses, float32", self.losses_float32
-        yield "training", self.training
+        elif self.args.what == VALUES:
+            yield "greedy", self.greedy
+            yield "logits, float32", lambda: self.logits(torch.float32)
+            yield "logits, bfloat16", lambda: self.logits(torch.bfloat16)
+            yield "losses, float32", self.losses_float32
+        else:
+            yield "inference", self.inference
+            if self.args.what == SPEED:
+                yield "training", self.training
 
     # --- inference ---
 

@@ -53,6 +53,7 @@ def world_of(
         seed=seed,
     )
     peers = Peers() if dist.get_world_size() > 1 else None
+    is_whole = True
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
@@ -62,10 +63,14 @@ def world_of(
             yield place
     except (Exception, KeyboardInterrupt, CheckpointException) as error:
         if peers:
+            is_whole = (
+                False  # NCCL would wait for the others before this rank could tell its reason
+            )
             peers.failed(error)
         raise
     finally:
-        shut_down_parallel()
+        if is_whole:
+            shut_down_parallel()
         if peers:
             peers.close()
 

@@ -153,9 +153,12 @@ class Decoder:
         if mine is None:
             mixed = self._by_experts(moe.experts, tokens, chosen, shares.to(tokens.dtype))
         else:
-            mixed = torch.zeros_like(tokens)
             given = (x[mine] for x in (tokens, chosen, shares.to(tokens.dtype)))
-            mixed[mine] = self._by_experts(moe.experts, *given)
+            part = self._by_experts(moe.experts, *given)
+            if _are_all_here(moe.experts):
+                return _side_by_side(part, len(tokens), group)
+            mixed = torch.zeros_like(tokens)
+            mixed[mine] = part
         if group.size() > 1:
             dist.all_reduce(mixed, group=group)
         return mixed
@@ -174,8 +177,8 @@ class Decoder:
         order = local.argsort(stable=True)
         counts = (local == torch.arange(here.count, device=local.device)[:, None]).sum(1)
         if here.count < here.total:  # those of other ranks' experts stand before and behind
-            start = int((local < 0).sum())
-            order = order[start : start + int(counts.sum())]
+            start, count = torch.stack([(local < 0).sum(), counts.sum()]).tolist()
+            order = order[start : start + count]
         rows = tokens[order // chosen.shape[1]]
         made, _ = experts(rows, counts, shares.flatten()[order])
         placed = made.new_zeros((local.numel(), tokens.shape[1]))
@@ -211,10 +214,24 @@ def _share(tokens: int) -> tuple[Any, slice | None]:
     return tp, slice(first, first + each)
 
 
+def _are_all_here(experts: Any) -> bool:
+    held = experts.linear_fc1.experts
+    return bool(held.count == held.total)
+
+
+def _side_by_side(part: Tensor, tokens: int, group: Any) -> Tensor:
+    """All ranks' parts of the tokens, as ``_share`` cut them: half of what a sum would send."""
+    each = -(-tokens // group.size())
+    whole = part.new_empty((each * group.size(), part.shape[1]))
+    padded = torch.nn.functional.pad(part, (0, 0, 0, each - len(part)))
+    dist.all_gather_into_tensor(whole, padded, group=group)
+    return whole[:tokens]
+
+
 def _plain(experts: Any) -> Weights | None:
     """The weights, if all experts are here, and nothing was added to what computes with them."""
     fc1, fc2 = experts.linear_fc1, experts.linear_fc2
-    if not type(fc1) is type(fc2) is GroupedLinear or fc1.experts.count < fc1.experts.total:
+    if not type(fc1) is type(fc2) is GroupedLinear or not _are_all_here(experts):
         return None
     return Weights(fc1.weight, fc1.bias, fc2.weight, fc2.bias)
 

@@ -192,18 +192,18 @@ class Engine:
 
     def _prefill(self, prompts: Sequence[Sequence[int]], cache: Cache) -> Tensor | None:
         """Logits after each prompt's last token, on the ranks that have logits."""
-        device, lengths = self._decoder.device, [len(prompt) for prompt in prompts]
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        ids = torch.zeros((len(prompts), int(lengths.max())), dtype=torch.int64)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+        # All at once: a copy to a GPU waits until it has done all that it was given before.
+        ids, lengths = ids.to(self._decoder.device), lengths.to(self._decoder.device)
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         width = max(1, (STAGE_TOKENS if stages > 1 else PREFILL_TOKENS) // len(prompts))
         found = None
-        for start in range(0, max(lengths), width):
-            parts = [prompt[start : start + width] for prompt in prompts]
-            counts = torch.tensor([len(part) for part in parts], device=device)
-            longest = max(map(len, parts))
-            ids = torch.tensor(
-                [[*part, *([0] * (longest - len(part)))] for part in parts], device=device
-            )
-            logits = self._decoder.step(ids, counts, cache)
+        for start in range(0, ids.shape[1], width):
+            counts = (lengths - start).clamp(0, width)
+            logits = self._decoder.step(ids[:, start : start + width], counts, cache)
             if logits is not None:
                 found = logits if found is None else torch.where(counts[:, None] > 0, logits, found)
         return found
