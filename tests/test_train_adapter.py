@@ -215,7 +215,8 @@ def test_resumed_at_another_layout(
     assert losses == pytest.approx([line["loss"] for line in alone[kind]["lines"][4:]], abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", [EACH, pytest.param(SHARED, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [EACH, SHARED])
 def test_what_was_trained_goes_anywhere(
     kind: str, start: Path, alone: dict[str, Any], tmp_path: Path, invoke: Run
 ) -> None:
