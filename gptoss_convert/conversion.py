@@ -171,11 +171,13 @@ class Conversion:
         check_memory(budget.in_flight + RESIDENT)
         staging.check_space(sink.nbytes)
         try:
-            if resumed := staging.open():
-                log.info("going on with the unfinished %s", staging.folder)
+            resumed = staging.open()
             if command and crew.size > 1:
-                name = f"{COMMAND}{crew.rank}.json"
-                write_note(staging.folder / name, json.dumps(command).encode())
+                note = staging.folder / f"{COMMAND}{crew.rank}.json"
+                resumed = resumed and note.exists()  # or another process has just made the folder
+                write_note(note, json.dumps(command).encode())
+            if resumed:
+                log.info("going on with the unfinished %s", staging.folder)
             notes = Notes(staging.folder, Spoiled(keep=bool(self.plan.kept)))
             with working_on(device) as place:
                 executor = Executor(

@@ -231,7 +231,10 @@ def test_commit(
             patch.setenv("WORLD_SIZE", "2")
             if stop:  # before anything is put in place
                 patch.setattr("gptoss_convert.conversion.Conversion._ready", lambda *_: False)
-            assert invoke(*words, "--megatron-path", target).returncode == 0
+            for begun in [False] if stop else [False, True]:
+                done = invoke(*words, "--megatron-path", target)
+                assert done.returncode == 0
+                assert ("going on with the unfinished" in done.stderr) is begun
         if not stop:
             done = invoke("commit", target)
             assert done.returncode == IncompleteError.exit_code
