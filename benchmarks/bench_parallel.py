@@ -110,13 +110,13 @@ def layout_options(name: str) -> list[str]:
 
 
 def worker(name: str, what: str, args: argparse.Namespace) -> subprocess.Popen[str]:
-    """Start what a layout's ranks measure; one that only checks values takes the last GPU."""
+    """Start what a layout's ranks measure; transformers takes the last GPU."""
     folder = ("--folder", str(args.folder), "--device", args.device)
     sizes = ("layers", "length", "rows", "prefill")
     more = [part for size in sizes for part in (f"--{size}", str(getattr(args, size)))]
     more += ["--size", "tiny" if args.tiny else "20b"]
     command = (str(HERE / "parallel_worker.py"), name, what, *layout_options(name), *folder, *more)
-    return launch(math.prod(LAYOUTS[name]), *command, first=int(what != SPEED))
+    return launch(math.prod(LAYOUTS[name]), *command, first=int(what == THEIRS))
 
 
 def figures(name: str, what: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -212,6 +212,7 @@ MOST = {
     "logits, float32, to transformers": NEAR,
     "logits, float32, to one": NEAR,
     "losses, float32, to one": LOSS,
+    "logits, bfloat16, to transformers, of noise": NOISE,
     "logits, bfloat16, to one, of noise": NOISE,
     "losses, bfloat16, to one, of noise": NOISE,
 }
@@ -254,8 +255,6 @@ def print_table(found: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
     for key in MOST:
         form = ".2f" if key.endswith("noise") else ".1e"
         line(key, [row.get(key) for row in rows.values()], form)
-    key = "logits, bfloat16, to transformers, of noise"
-    line(key, [row.get(key) for row in rows.values()], ".2f")
     for key in ("prefill", "decoding, batch 1", "decoding, batch 32"):
         line(f"{key}, tokens/s", [found[n]["inference"][key] for n in rows], ",.0f")
         line("", [row[key] for row in rows.values()], ".2f")
