@@ -46,6 +46,7 @@ class Peers:
         self._others = {rank: _Word("", 0) for rank in range(world) if rank != self._rank}
         self._machine = _machine()
         self._closed = threading.Event()
+        self._last = _DONE
         self._store = _store()
         self._beat(0)
         self._end_of_main = _Termination()
@@ -64,6 +65,9 @@ class Peers:
         first = True
         with contextlib.suppress(RuntimeError):
             first = self._store.add("told", 1) == 1
+            self._closed.set()  # the next beat would be in place of it
+            self._thread.join()
+            self._last = _FAILED
             self._say(_FAILED)
         if self._rank == 0:  # the store may go with this rank, and the others have to read that
             time.sleep(2 * _BEAT)
@@ -80,7 +84,7 @@ class Peers:
         self._thread.join()
         self._end_of_main.close()
         with contextlib.suppress(RuntimeError):
-            self._say(_DONE)
+            self._say(self._last)
 
     def _beat(self, number: int) -> None:
         self._say(f"{self._machine} {os.getpid()} {number}")
