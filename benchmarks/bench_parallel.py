@@ -225,6 +225,8 @@ def judged(rows: dict[str, dict[str, Any]], *, timed: bool) -> list[str]:
     for name, row in several.items():
         wrong += [f"{name}: {key}" for key in ("weights", "greedy") if not row.get(key, True)]
         for key, most in MOST.items():
+            if not timed and key.endswith("noise"):  # on CPUs transformers has next to none
+                continue
             if key in row and not (row[key] is not None and row[key] <= most):
                 wrong.append(f"{name}: {key} {row[key]}")
     if not timed:

@@ -33,6 +33,7 @@ LAYOUTS = [
     ((2, 1, 2), 2),
     ((2, 2, 2), 4),
     ((1, 2, 2), 4),
+    ((4, 1, 2), 4),
 ]
 IN_CI: tuple[tuple[tuple[int, ...], int], ...] = ()  # tests/test_live_roundtrip.py has one
 NEW = 64

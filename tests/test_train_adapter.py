@@ -291,16 +291,20 @@ def test_generate_and_chat_with_an_adapter(
     assert invoke("adapter", "merge", *words).returncode == 0
     tokens = ("--tokenizer", run / f"iter_{STEPS:07}/tokenizer", "--torch-dtype", "float32")
     found = {}
-    for name, model in (
-        ("base", ("--hf-model", start)),
-        ("adapter", ("--hf-model", start, "--adapter", run)),
-        ("merged", ("--hf-model", tmp_path / "merged")),
+    # The last prompt is long enough for tensor-parallel ranks to share its tokens.
+    texts = ["The ", "## ", "No two alike. " * 20]
+    prompts = [part for text in texts for part in ("--prompt", text)]
+    for name, ranks, model in (
+        ("base", 1, ("--hf-model", start)),
+        ("adapter", 1, ("--hf-model", start, "--adapter", run)),
+        ("adapter, tp2", 2, ("--hf-model", start, "--adapter", run, "--tp", 2)),
+        ("merged", 1, ("--hf-model", tmp_path / "merged")),
     ):
-        asked = ("--prompt", "The ", "--prompt", "## ", "--max-new-tokens", 30, "--json")
-        done = invoke("generate", *model, *asked, *tokens)
+        asked = ("generate", *model, *prompts, "--max-new-tokens", 30, "--json", *tokens)
+        done = invoke(*asked) if ranks == 1 else launched(ranks, *map(str, asked))
         assert done.returncode == 0, done.stderr
         found[name] = [row["ids"] for row in json.loads(done.stdout)["results"]]
-    assert found["adapter"] == found["merged"] != found["base"]
+    assert found["adapter"] == found["adapter, tp2"] == found["merged"] != found["base"]
     done = invoke("generate", "--megatron-path", run, "--prompt", "x")
     assert "is the checkpoint of an adapter" in done.stderr
 

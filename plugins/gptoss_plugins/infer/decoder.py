@@ -4,8 +4,8 @@ The modules are the GPTModel's, adapters and all; what differs from its own forw
 called with: positions per sequence, a cache, the last token's logits only, and experts that are summed
 up over ranks instead of tokens that are sent around.
 
-Letters: b sequences, s new tokens, T tokens without padding, H hidden, n heads and g key-value groups
-of this rank, d channels, K experts that a token chooses.
+Letters: b sequences, s new tokens, T tokens without padding, R of them on this rank (``sharing.py``),
+H hidden, n heads and g key-value groups of this rank, d channels, K experts that a token chooses.
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 
 from gptoss_kernels.attention import attend
 from gptoss_kernels.experts import Weights, mix, runs_on
 from gptoss_plugins.gpt_model.experts import GroupedLinear
 from gptoss_plugins.gpt_model.rope import concentration
 from gptoss_plugins.infer.cache import Cache, Shape, windows_of
+from gptoss_plugins.infer.sharing import Sharing, sharing_of, sums_into_parts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +34,6 @@ if TYPE_CHECKING:
 
 
 _FEW = 32  # choices of experts
-_WORTH_SHARING = 64  # tokens
 
 
 class Decoder:
@@ -82,26 +86,28 @@ class Decoder:
 
         """
         own = _own(ids, counts)
-        x = self._embedded(ids if own is None else ids.flatten()[own])
-        rotation = self._rotation(cache.positions(ids.shape[1]))
-        for index, layer in enumerate(self.model.decoder.layers):
-            qkv, _ = layer.self_attention.linear_qkv(layer.input_layernorm(x))
-            room = _spread(qkv, own, ids.shape)
-            seen = self._attended(layer.self_attention, room, rotation, index, counts, cache)
-            y, bias = layer.self_attention.linear_proj(_gathered(seen, own))
-            x = x + (y if bias is None else y + bias)
-            x = x + self._mixed(layer.mlp, layer.pre_mlp_layernorm(x))
+        flat = ids.flatten() if own is None else ids.flatten()[own]
+        sharing = sharing_of(len(flat))
+        with sums_into_parts(self.model, sharing):
+            x = self._embedded(flat, sharing)
+            rotation = self._rotation(cache.positions(ids.shape[1]))
+            for index, layer in enumerate(self.model.decoder.layers):
+                qkv, _ = layer.self_attention.linear_qkv(layer.input_layernorm(x))
+                room = _spread(qkv[: len(flat)], own, ids.shape)
+                seen = self._attended(layer.self_attention, room, rotation, index, counts, cache)
+                seen = sharing.even(_gathered(seen, own))
+                y, bias = layer.self_attention.linear_proj(seen)
+                x = x + (y if bias is None else y + bias)
+                x = x + self._mixed(layer.mlp, layer.pre_mlp_layernorm(x), sharing)
         cache.advance(counts)
         last = counts.cumsum(0) - 1 if own is not None else ids.shape[1] * (_range(counts) + 1) - 1
-        return self._logits(x, last.clamp(min=0))
+        return self._logits(x, last.clamp(min=0), sharing)
 
-    def _embedded(self, ids: Tensor) -> Tensor:
-        """``[T, H]``: of T ids, or what the stage before made of them."""
-        flat = ids.flatten()
+    def _embedded(self, flat: Tensor, sharing: Sharing) -> Tensor:
+        """``[R, H]``: of ids ``[T]``, or what the stage before made of them."""
         if self.model.pre_process:
-            words: Tensor = self.model.embedding.word_embeddings(flat)
-            return words
-        shape = (len(flat), self.config.hidden_size)
+            return sharing.mine(self.model.embedding.word_embeddings(flat))
+        shape = (sharing.each, self.config.hidden_size)
         room = torch.empty(shape, dtype=self._weight.dtype, device=self.device)
         dist.recv(room, parallel_state.get_pipeline_model_parallel_prev_rank())
         return room
@@ -142,23 +148,23 @@ class Decoder:
         )
         return made.flatten(2)
 
-    def _mixed(self, moe: Any, tokens: Tensor) -> Tensor:
-        """The weighted sum of each token's K experts: ``[T, H]`` of ``[T, H]``."""
+    def _mixed(self, moe: Any, tokens: Tensor, sharing: Sharing) -> Tensor:
+        """The weighted sum of each token's K experts: ``[R, H]`` of ``[R, H]``."""
+        group = parallel_state.get_expert_model_parallel_group()
+        are_parts = (
+            sharing.ranks > 1
+        )  # a rank's experts then are for the tokens of all that have others
+        if are_parts:
+            tokens = gather_from_sequence_parallel_region(tokens, group=group)
         logits = moe.router.gating(tokens)
         best, chosen = logits.topk(self.config.moe_router_topk, dim=-1)
         shares = best.softmax(-1, dtype=torch.float32)
         if self._are_few(tokens, chosen) and (weights := _plain(moe.experts)):
             return mix(tokens, chosen, shares, weights, moe.experts.activation)
-        group, mine = _share(len(tokens))
-        if mine is None:
-            mixed = self._by_experts(moe.experts, tokens, chosen, shares.to(tokens.dtype))
-        else:
-            given = (x[mine] for x in (tokens, chosen, shares.to(tokens.dtype)))
-            part = self._by_experts(moe.experts, *given)
-            if _are_all_here(moe.experts):
-                return _side_by_side(part, len(tokens), group)
-            mixed = torch.zeros_like(tokens)
-            mixed[mine] = part
+        mixed = self._by_experts(moe.experts, tokens, chosen, shares.to(tokens.dtype))
+        if are_parts:
+            part: Tensor = reduce_scatter_to_sequence_parallel_region(mixed, group=group)
+            return part
         if group.size() > 1:
             dist.all_reduce(mixed, group=group)
         return mixed
@@ -186,52 +192,22 @@ class Decoder:
         summed: Tensor = placed.view(*chosen.shape, -1).sum(1)
         return summed
 
-    def _logits(self, x: Tensor, last: Tensor) -> Tensor | None:
-        """Of some rows of ``[T, H]``; None, and all rows go on, if this is not the last stage."""
+    def _logits(self, x: Tensor, last: Tensor, sharing: Sharing) -> Tensor | None:
+        """Of some of the T tokens, ``x [R, H]``; None, and all go on, if this is not the last stage."""
         if not self.model.post_process:
             dist.send(x.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
             return None
-        ends = self.model.decoder.final_layernorm(x[last])
+        ends = self.model.decoder.final_layernorm(sharing.whole(x)[last])
         logits, _ = self.model.output_layer(ends[:, None], runtime_gather_output=True)
         found: Tensor = logits[:, 0, : self.vocabulary].float()
         return found
 
 
-def _share(tokens: int) -> tuple[Any, slice | None]:
-    """The ranks whose experts' sums make up the whole, and which tokens this one's experts are for; all,
-    if None.
-
-    Tensor-parallel ranks all have all tokens. Where several of them have the same experts, each takes
-    its share of the tokens.
-    """
-    tp = parallel_state.get_tensor_model_parallel_group()
-    ep = parallel_state.get_expert_model_parallel_group()
-    copies = tp.size() // ep.size()
-    if copies < 2 or tp.size() % ep.size() or tokens < copies * _WORTH_SHARING:
-        return ep, None
-    each = -(-tokens // copies)
-    first = tp.rank() // ep.size() * each
-    return tp, slice(first, first + each)
-
-
-def _are_all_here(experts: Any) -> bool:
-    held = experts.linear_fc1.experts
-    return bool(held.count == held.total)
-
-
-def _side_by_side(part: Tensor, tokens: int, group: Any) -> Tensor:
-    """All ranks' parts of the tokens, as ``_share`` cut them: half of what a sum would send."""
-    each = -(-tokens // group.size())
-    whole = part.new_empty((each * group.size(), part.shape[1]))
-    padded = torch.nn.functional.pad(part, (0, 0, 0, each - len(part)))
-    dist.all_gather_into_tensor(whole, padded, group=group)
-    return whole[:tokens]
-
-
 def _plain(experts: Any) -> Weights | None:
     """The weights, if all experts are here, and nothing was added to what computes with them."""
     fc1, fc2 = experts.linear_fc1, experts.linear_fc2
-    if not type(fc1) is type(fc2) is GroupedLinear or not _are_all_here(experts):
+    are_all_here = fc1.experts.count == fc1.experts.total
+    if not type(fc1) is type(fc2) is GroupedLinear or not are_all_here:
         return None
     return Weights(fc1.weight, fc1.bias, fc2.weight, fc2.bias)
 

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from gptoss_plugins.infer.decoder import Decoder
 
 PREFILL_TOKENS = 16384  # of all sequences, in one pass through the layers
-STAGE_TOKENS = 2048  # likewise where there are stages, which work on different passes at a time
+STAGE_TOKENS = 4096  # likewise where there are stages, which work on different passes at a time
 _WORTH_CAPTURING = 8  # tokens
 _NO_NUMBER = -1  # in place of a token, where logits are none
 
@@ -192,12 +193,13 @@ class Engine:
 
     def _prefill(self, prompts: Sequence[Sequence[int]], cache: Cache) -> Tensor | None:
         """Logits after each prompt's last token, on the ranks that have logits."""
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        ids = torch.zeros((len(prompts), int(lengths.max())), dtype=torch.int64)
-        for row, prompt in zip(ids, prompts, strict=True):
-            row[: len(prompt)] = torch.tensor(prompt)
+        sizes = [len(prompt) for prompt in prompts]
+        rows = np.zeros((len(prompts), max(sizes)), dtype=np.int64)
+        for row, prompt in zip(rows, prompts, strict=True):
+            row[: len(prompt)] = prompt  # NumPy takes a long list in a fifth of torch's time
         # All at once: a copy to a GPU waits until it has done all that it was given before.
-        ids, lengths = ids.to(self._decoder.device), lengths.to(self._decoder.device)
+        ids = torch.from_numpy(rows).to(self._decoder.device)
+        lengths = torch.tensor(sizes, device=self._decoder.device)
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         width = max(1, (STAGE_TOKENS if stages > 1 else PREFILL_TOKENS) // len(prompts))
         found = None

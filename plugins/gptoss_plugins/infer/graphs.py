@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
+from megatron.core import parallel_state
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,8 +17,12 @@ _WARM_UPS = 2  # compiles kernels, and lets libraries take the memory they keep
 
 
 def can_capture(decoder: Decoder) -> bool:
-    """Whether there is a GPU, and no other rank to talk to in a step."""
-    return decoder.device.type == "cuda" and dist.get_world_size() == 1
+    """Whether there is a GPU, and a step needs nothing of the host: stages hand on what they made from
+    outside of a graph, and to sort tokens by the ranks of their experts the host has to know how many.
+    """
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    spread = parallel_state.get_expert_model_parallel_world_size()
+    return bool(decoder.device.type == "cuda" and stages == spread == 1)
 
 
 class GraphedStep:
