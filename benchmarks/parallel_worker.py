@@ -344,7 +344,7 @@ class Worker:
         """The best of some runs, everywhere done, after one that warms up."""
         best = float("inf")
         for number in range(times + 1):
-            dist.barrier(device_ids=[self.place.index] if self.place.index is not None else None)
+            dist.barrier(device_ids=None if self.place.index is None else [self.place.index])
             started = time.monotonic()
             action()
             if self.place.type == "cuda":
