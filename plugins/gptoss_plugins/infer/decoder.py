@@ -151,10 +151,8 @@ class Decoder:
     def _mixed(self, moe: Any, tokens: Tensor, sharing: Sharing) -> Tensor:
         """The weighted sum of each token's K experts: ``[R, H]`` of ``[R, H]``."""
         group = parallel_state.get_expert_model_parallel_group()
-        are_parts = (
-            sharing.ranks > 1
-        )  # a rank's experts then are for the tokens of all that have others
-        if are_parts:
+        are_shared = sharing.ranks > 1  # what each rank has is to pass by the experts of all
+        if are_shared:
             tokens = gather_from_sequence_parallel_region(tokens, group=group)
         logits = moe.router.gating(tokens)
         best, chosen = logits.topk(self.config.moe_router_topk, dim=-1)
@@ -162,7 +160,7 @@ class Decoder:
         if self._are_few(tokens, chosen) and (weights := _plain(moe.experts)):
             return mix(tokens, chosen, shares, weights, moe.experts.activation)
         mixed = self._by_experts(moe.experts, tokens, chosen, shares.to(tokens.dtype))
-        if are_parts:
+        if are_shared:
             part: Tensor = reduce_scatter_to_sequence_parallel_region(mixed, group=group)
             return part
         if group.size() > 1:

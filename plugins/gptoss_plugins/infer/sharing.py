@@ -1,8 +1,8 @@
 """A pass's tokens, spread over tensor-parallel ranks wherever a token has no need of the others.
 
-Norms, the router, experts and sums then do each token once, and what goes over the bus is gathered
-before attention and summed into parts behind it, where a sum of the whole would move as much and half
-again for the experts. Training calls this sequence parallelism.
+Norms, the router, experts and sums then do each token once. What goes over the bus is gathered before
+attention and summed into parts behind it, which together move as much as a sum of the whole would.
+Training calls this sequence parallelism.
 
 Source: Korthikanti et al. 2022, arXiv 2205.05198, section 4.2.2.
 
