@@ -374,6 +374,7 @@ def test_figures_are_told(
     for line in lines:
         assert line["tflops"] > 0
         assert line["mfu"] is None  # nobody says what this CPU can do
+        assert 1e8 < line["peak_bytes"] < 1e11  # of a process with torch in it
         assert 0 <= line["expert_load_min"] <= 1 <= line["expert_load_max"] <= 2
 
 

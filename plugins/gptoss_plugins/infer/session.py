@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import resource
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -103,11 +102,9 @@ class Session:
 
     def peak_bytes(self) -> int:
         """The most memory this rank has used: of its GPU, or of the process."""
-        import torch
+        from gptoss_plugins.gpt_model.memory import peak_bytes
 
-        if self.place.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.place)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_bytes(self.place)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import click
 
 from gptoss_convert.errors import ConfigError
+from gptoss_convert.staging import human
 from gptoss_plugins.train.plain import to_plain
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ class Terminal:
             f"{at}  loss {line['loss']:.4f}  lr {line['lr']:.3g}  "
             f"gradient norm {line['grad_norm']:.3f}  {line['tokens_per_second']:,.0f} tokens/s  "
             f"{line['tflops']:.3g} TFLOP/s{use}  "
-            f"experts {line['expert_load_min']:.2f} to {line['expert_load_max']:.2f} of the mean",
+            f"experts {line['expert_load_min']:.2f} to {line['expert_load_max']:.2f} of the mean  "
+            f"memory {human(line['peak_bytes'])}",
             err=True,
         )
 

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from gptoss_plugins.gpt_model.memory import peak_bytes
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -70,6 +72,13 @@ def peak() -> float | None:
     """What this machine's GPU can do, TFLOP/s; None where that is not known."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return next((most for part, most in PEAKS.items() if part in name), None)
+
+
+def most_memory(place: torch.device) -> int:
+    """Bytes that the rank with the most has used so far. All ranks call this together."""
+    most = torch.tensor(peak_bytes(place), device=place)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
 
 
 def expert_load(trainee: Trainee) -> dict[str, float]:

@@ -24,7 +24,7 @@ from gptoss_plugins.train.ranks import layout_of
 from gptoss_plugins.train.run.collecting import Collecting
 from gptoss_plugins.train.run.data import Steps, place_of
 from gptoss_plugins.train.run.datasets import datasets_of
-from gptoss_plugins.train.run.figures import expert_load, utilization
+from gptoss_plugins.train.run.figures import expert_load, most_memory, utilization
 from gptoss_plugins.train.run.run_config import run_config_files
 from gptoss_plugins.train.run.saving import Progress, last_checkpoint, load_adapters, resume, save
 from gptoss_plugins.train.run.step import evaluate, train_step
@@ -216,7 +216,8 @@ class _Run:
     ) -> None:
         length = self._config.model.seq_length
         rate = self._config.train.global_batch_size * length / seconds
-        load = expert_load(self._trainee)  # by all ranks
+        load = expert_load(self._trainee)  # by all ranks, as what follows
+        memory = most_memory(self._trainee.live.place)
         if dist.get_rank() == 0:
             self._tell(
                 {
@@ -227,6 +228,7 @@ class _Run:
                     "tokens_per_second": rate,
                     **utilization(rate, self.fields, length),
                     **load,
+                    "peak_bytes": memory,
                     "seconds": seconds,
                     "samples": progress.samples,
                 }
