@@ -217,7 +217,7 @@ class Node:
             f"train.train_iters={args.steps}",
             f"train.global_batch_size={args.rows}",
             "train.eval_iters=0",
-            "scheduler.lr_warmup_iters=5",
+            f"scheduler.lr_warmup_iters={min(5, args.steps // 2)}",
             "tokenizer.tokenizer_type=ByteLevelTokenizer",
             "tokenizer.tokenizer_model=null",
             "logger.log_interval=1",
