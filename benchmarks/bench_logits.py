@@ -19,6 +19,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,18 @@ from gptoss_kernels import mxfp4
 from gptoss_plugins.verify.logits import compare_logits, hugging_face_logits, logits_of, prompt
 
 NOISE, NEAR = 1.5, 1e-5
-CALM = {"embed_tokens.weight": 1.0, "o_proj.weight": 0.002, "down_proj": 0.002}
+CALM = {"embed_tokens.weight": 1.0, "o_proj.weight": 0.002, "down_proj": 0.002, "": 0.02}
 
 
-def make(folder: Path, config: dict[str, Any], place: str) -> None:
-    """Write the checkpoint."""
+def make(
+    folder: Path, config: dict[str, Any], place: str, sizes: Mapping[str, float] = CALM
+) -> None:
+    """Write the checkpoint; ``sizes`` are standard deviations by how names end, the first that fits."""
     family = default_registry().models()["gpt-oss"]
     tensors: dict[str, Tensor] = {}
     for number, (name, spec) in enumerate(hf_specs(family, config).items()):
         noise = torch.Generator(place).manual_seed(number)
-        std = next((s for end, s in CALM.items() if name.endswith(end)), 0.02)
+        std = next(size for end, size in sizes.items() if name.endswith(end))
         if name.endswith(("gate_up_proj", "down_proj")):
             experts, width, rows = spec.shape
             shape = (experts, rows, width)

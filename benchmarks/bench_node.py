@@ -6,7 +6,7 @@
 Makes a calm random checkpoint in MXFP4 (``bench_logits.py``), and then, by ``torchrun`` with ``--ranks``
 processes, as a user would:
 
-* ``import`` and ``export``: the exported tensors are the first ones
+* ``import`` and ``export``: ``verify`` finds the exported tensors to be the first ones
 * ``roundtrip --tp 2 --pp 2``: all weights, and the logits beside transformers'
 * ``generate --tp 2 --pp 2 --ep 2 --etp 1``, in float32: its tokens are those of two processes
 * full fine-tuning, packed, from those weights, at (tp, pp, ep) = (2, 2, ranks / 2) and (1, 1, ranks):
@@ -22,11 +22,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import random
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -34,7 +32,7 @@ from typing import Any
 
 import torch
 from bench_logits import make
-from safetensors import safe_open
+from bench_parallel import apart, launch, output, require_empty, require_even, tell
 
 from gptoss_plugins.data.byte_level import byte_level_files
 from gptoss_plugins.train.architecture import hf_config
@@ -43,7 +41,6 @@ from gptoss_plugins.train.config import ModelConfig
 PUBLISHED = 5851  # tokens/s of a GPU
 APART = {"bfloat16": 1e-3, "float32": 1e-4}  # of losses
 TINY = {"hidden_size": 96, "ffn_hidden_size": 64, "num_moe_experts": 8}  # whole blocks of MXFP4
-MISMATCH = 3  # exit code of roundtrip
 PARTS = ("convert", "roundtrip", "generate", "train", "resume")
 
 
@@ -60,23 +57,10 @@ class Node:
 
     def run(self, ranks: int, *command: object) -> str:
         """What a command printed; one that fails ends the benchmark."""
-        start = [sys.executable, "-m"]
-        if ranks > 1:
-            start += ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
-        threads = str(max(1, (os.cpu_count() or 1) // (2 * self.args.ranks)))
-        began = time.monotonic()
-        done = subprocess.run(
-            [*start, "gptoss_convert", *map(str, command)],
-            check=False,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={"OMP_NUM_THREADS": threads, **os.environ},
-        )
-        took = time.monotonic() - began
-        print(f"{took:6.1f} s  {ranks} x {' '.join(map(str, command))[:150]}", flush=True)
-        if done.returncode not in (0, MISMATCH):
-            raise SystemExit(f"failed ({done.returncode})")
-        return done.stdout
+        words, began = [str(word) for word in command], time.monotonic()
+        said = output(launch(ranks, "-m", "gptoss_convert", *words))
+        tell(f"{time.monotonic() - began:6.1f} s  {ranks} x {' '.join(words)[:150]}")
+        return said
 
     def require(self, holds: bool, what: str) -> None:
         """Note what does not hold."""
@@ -87,7 +71,6 @@ class Node:
 
     def prepare(self) -> None:
         """The checkpoint, with a tokenizer of bytes; and what is learned."""
-        shutil.rmtree(self.args.folder, ignore_errors=True)
         config = hf_config(self.model)
         make(
             self.hf, {**config, "quantization_config": {"quant_method": "mxfp4"}}, self.args.device
@@ -114,14 +97,18 @@ class Node:
         back = self.args.folder / "back"
         both = ("--hf-model", self.hf, "--megatron-path", self.megatron)
         found = {}
-        for name, more in (("import", ()), ("export", ("--hf-path", back, "--export-dtype", "mxfp4"))):
+        for name, more in (
+            ("import", ()),
+            ("export", ("--hf-path", back, "--export-dtype", "mxfp4")),
+        ):
             if name == "export" and not self.wants("convert"):
                 continue
             began = time.monotonic()
             self.run(self.args.ranks, name, *both, *more, "--device", self.args.device)
             found[name] = time.monotonic() - began
         if back.exists():
-            self.require(same_tensors(self.hf, back), "exported tensors are others than the first")
+            said = json.loads(self.run(1, "verify", self.hf, back, "--json"))
+            self.require(said["sound"], "exported tensors are others than the first")
             shutil.rmtree(back)
         return found
 
@@ -163,6 +150,7 @@ class Node:
         for layout in self.layouts:
             found[named(layout)] = self.figures(self.steps(layout))
         first, second = (found[named(layout)]["losses"] for layout in self.layouts)
+        self.require(len(first) == len(second) == self.args.steps, "steps")
         found["apart"] = apart(first, second)
         self.require(found["apart"] <= self.near, "losses of the two layouts")
         self.whole = second
@@ -246,34 +234,6 @@ class Node:
         }
 
 
-def same_tensors(one: Path, two: Path) -> bool:
-    """Whether two Hugging Face folders have the same tensors, bit by bit."""
-
-    def places(folder: Path) -> dict[str, Path]:
-        found = {}
-        for path in folder.glob("*.safetensors"):
-            with safe_open(path, "pt") as file:
-                found.update(dict.fromkeys(file.keys(), path))
-        return found
-
-    first, second = places(one), places(two)
-    if not first or first.keys() != second.keys():
-        return False
-    for name, path in first.items():
-        with safe_open(path, "pt") as a, safe_open(second[name], "pt") as b:
-            mine, other = a.get_tensor(name), b.get_tensor(name)
-        if mine.dtype != other.dtype or not torch.equal(mine, other):
-            return False
-    return True
-
-
-def apart(one: list[float], two: list[float]) -> float:
-    """The largest difference of two runs' losses; infinite if they are not as many."""
-    if len(one) != len(two) or not one:
-        return math.inf
-    return max(abs(a - b) for a, b in zip(one, two, strict=True))
-
-
 def named(layout: tuple[int, int, int]) -> str:
     """As the table has it."""
     return "tp{} pp{} ep{}".format(*layout)
@@ -297,7 +257,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, required=True, help="of all files; emptied")
+    parser.add_argument("--folder", type=Path, required=True, help="of all files; new or empty")
     parser.add_argument("--ranks", type=int, default=8, help="processes: 4 or 8")
     parser.add_argument("--size", choices=["20b", "120b", "tiny"], default="20b")
     parser.add_argument("--layers", type=int, help="of the model, if not all; even")
@@ -309,6 +269,8 @@ def main() -> int:
     args = parser.parse_args()
     if "resume" in args.only and "train" not in args.only:
         parser.error("resume is compared to train: name both")
+    require_even(parser, args, "layers", "steps")
+    require_empty(parser, args.folder)
     args.length = args.length or (256 if args.size == "tiny" else 4096)
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     node = Node(args)
@@ -317,7 +279,7 @@ def main() -> int:
     for part in PARTS[1:]:
         if node.wants(part):
             found[part] = getattr(node, part)()
-            print(f"{part}: {json.dumps(found[part])}", flush=True)
+            tell(f"{part}: {json.dumps(found[part])}")
     shutil.rmtree(args.folder)
     if "train" in found:
         print_table(found, node.layouts)

@@ -80,11 +80,14 @@ def sharing_of(tokens: int) -> Sharing:
 @contextlib.contextmanager
 def sums_into_parts(model: GptOssModel, sharing: Sharing) -> Iterator[None]:
     """Attention's linears, and adapters beside them, take and make a rank's part of the tokens."""
+    if sharing.ranks == 1:
+        yield
+        return
     holders = [model.config]
     for layer in model.decoder.layers:
         holders += [layer.self_attention.linear_qkv, layer.self_attention.linear_proj]
     for holder in holders:
-        holder.sequence_parallel = sharing.ranks > 1
+        holder.sequence_parallel = True
     try:
         yield
     finally:
