@@ -71,6 +71,16 @@ class EncodeError(ValueError):
         super().__init__(text)
 
 
+def choose(error: BaseException) -> None:
+    """Of the errors that several processes of a launch have, this one is to be told."""
+    error.is_chosen = True  # type: ignore[attr-defined]
+
+
+def is_chosen(error: BaseException) -> bool:
+    """Whether the processes have agreed to tell this one."""
+    return getattr(error, "is_chosen", False)
+
+
 @contextlib.contextmanager
 def blame(plugin_part: str) -> Iterator[None]:
     """Turn an unexpected error inside a plugin's function into one that names the plugin."""

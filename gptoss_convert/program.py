@@ -16,13 +16,14 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from gptoss_convert.errors import ConvertError, PluginError, ResourceError
+from gptoss_convert.errors import ConvertError, PluginError, ResourceError, is_chosen
 from gptoss_convert.registry import Registry
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("gptoss_convert")
 INTERRUPTED = 130
 _TRIM_THRESHOLD = -1  # M_TRIM_THRESHOLD of malloc.h
+_RANK_0_FIRST = 3.0  # seconds
 
 
 class Program(click.Group):
@@ -89,6 +91,8 @@ def _fail(error: Exception) -> NoReturn:
     """One clear sentence on stderr, and the exit code that goes with it."""
     if isinstance(error, click.exceptions.Abort):
         _interrupted()
+    if not is_chosen(error):
+        _let_rank_0_tell()
     if isinstance(error, click.ClickException):
         error.show()
         sys.exit(error.exit_code)
@@ -110,6 +114,15 @@ def _fail(error: Exception) -> NoReturn:
         text, code = f"internal error ({error!r}); say --debug for its place and report it", 1
     click.echo(f"error: {text}", err=True)
     sys.exit(code)
+
+
+def _let_rank_0_tell() -> None:
+    """What is wrong for all processes of a launch, rank 0 says, and torchrun ends the others then."""
+    from gptoss_convert.crew import current_crew
+
+    with contextlib.suppress(ConvertError):
+        if current_crew().rank:
+            time.sleep(_RANK_0_FIRST)
 
 
 def _is_of_memory(error: Exception) -> bool:

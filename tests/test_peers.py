@@ -6,12 +6,18 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 pytestmark = pytest.mark.distributed
 RANKS = Path(__file__).parent / "support" / "ranks_that_fail.py"
+PORT = 29000 + os.getpid() % 1000
 GONE = "rank 1 is gone (killed, out of memory, or its machine failed), so all ranks end"
 
 
@@ -31,9 +37,40 @@ def outcome(kind: str) -> tuple[int, list[str], float]:
         line
         for line in (done.stdout + done.stderr).splitlines()
         if line.startswith(("error:", "rank ", "Error", "Traceback"))
-        and "torch.distributed" not in line
+        and "torch.distributed.elastic" not in line
     ]
     return done.returncode, said, time.monotonic() - started
+
+
+@contextmanager
+def by_hand(kind: str, rank: int) -> Iterator[subprocess.Popen[str]]:
+    """A rank of two that torchrun knows nothing of."""
+    process = subprocess.Popen(
+        [sys.executable, str(RANKS), kind],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(PORT),
+        },
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def first_line(process: subprocess.Popen[str], start: str) -> str:
+    """Of what it says on stderr; the test's time limit ends the waiting."""
+    assert process.stderr
+    return next(line for line in process.stderr if line.startswith(start))
 
 
 @pytest.mark.parametrize(
@@ -54,6 +91,7 @@ def test_the_others_end_with_one_sentence(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
+        ("too few", "error: tp4 pp1 ep1 needs 4 processes, or a multiple of that, and there are 2"),
         ("all fail", "error: all ranks say this"),
         ("fails", "error: one rank says this"),
         ("breaks", "error: internal error (ValueError('connected to nothing'))"),
@@ -64,6 +102,25 @@ def test_an_error_is_told_once(kind: str, text: str) -> None:
     assert code != 0
     (told,) = (line for line in said if line.startswith("error:"))
     assert told.startswith(text)
+
+
+@pytest.mark.slow
+def test_a_rank_that_holds_the_store_and_stands_still_is_missed() -> None:
+    with by_hand("rank 0 stands still", 0), by_hand("rank 0 stands still", 1) as other:
+        assert first_line(other, "error:").startswith(GONE.replace("rank 1", "error: rank 0"))
+        assert other.wait(10) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("here", [0, 1])
+def test_a_rank_that_does_not_start_is_named(here: int) -> None:
+    with by_hand("slow", here) as process:
+        said = first_line(process, "waiting")
+        assert said == f"waiting for rank {1 - here} of 2 to start\n"
+        process.terminate()
+        said = first_line(process, "error:")
+        assert said.startswith(f"error: ended by SIGTERM before rank {1 - here} of 2 had started")
+        assert process.wait(20) == 1
 
 
 def test_only_processes_that_can_be_seen_are_missed() -> None:

@@ -22,7 +22,8 @@ from gptoss_plugins.gpt_model.world import world_of
 def main(kind: str) -> None:
     """Ten sums of both ranks, and then what KIND says."""
     device = "cuda" if torch.cuda.device_count() > 1 else "cpu"
-    with world_of(Layout(tp=2), device) as place:
+    tp = 4 if kind == "too few" else 2
+    with world_of(Layout(tp=tp), device) as place:
         rank, x = dist.get_rank(), torch.ones(3, device=place)
         for _ in range(10):
             dist.all_reduce(x)
@@ -39,6 +40,8 @@ def main(kind: str) -> None:
                 raise UsageError("one rank says this")
             elif kind == "breaks":
                 raise ValueError("connected to nothing")
+        elif kind == "rank 0 stands still":
+            os.kill(os.getpid(), signal.SIGSTOP)
         if kind == "slow":
             time.sleep(4)
         dist.all_reduce(x)

@@ -7,7 +7,6 @@ import os
 import warnings
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from gptoss_convert.errors import ConfigError
@@ -25,7 +24,13 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def world_of(
-    layout: Layout, device: str | None, *, schedules: bool = True, cp: int = 1, seed: int = 1234
+    layout: Layout,
+    device: str | None,
+    *,
+    schedules: bool = True,
+    cp: int = 1,
+    seed: int = 1234,
+    resumes: bool = False,
 ) -> Iterator[torch.device]:
     """The ranks, joined in a layout; on CPUs megatron-core's calls for CUDA mean the CPU.
 
@@ -37,24 +42,29 @@ def world_of(
         schedules: whether megatron-core's pipeline schedules or its optimizer will run.
         cp: context-parallel ranks, which cut no weights and so are not of the layout.
         seed: of random weights.
+        resumes: whether the same command, run again, goes on from what was saved.
 
     Raises:
         ConfigError: there are not as many ranks as the layout needs.
+        ConvertError: a rank does not start.
 
     """
-    require_world(layout, int(os.environ.get("WORLD_SIZE", "1")))
-    place = initialize_parallel(
-        layout.tp,
-        layout.pp,
-        layout.ep,
-        vpp=layout.vpp if layout.vpp > 1 else None,
-        cp=cp,
-        device=device,
-        seed=seed,
-    )
-    peers = Peers() if dist.get_world_size() > 1 else None
+    rank, world = (int(os.environ.get(n, d)) for n, d in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    peers = Peers(rank, world, resumes=resumes) if world > 1 else None
     is_whole = True
     try:
+        if peers:
+            peers.meet()
+        require_world(layout, world)
+        place = initialize_parallel(
+            layout.tp,
+            layout.pp,
+            layout.ep,
+            vpp=layout.vpp if layout.vpp > 1 else None,
+            cp=cp,
+            device=device,
+            seed=seed,
+        )
         with contextlib.ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")  # of megatron-core and torch, to their own developers

@@ -66,7 +66,9 @@ def run(
     logging.getLogger("megatron.core").setLevel(logging.ERROR)  # it tells what it is made of
     cp, seed = config.model.context_parallel_size, config.rng.seed
     with ExitStack() as stack:
-        place = stack.enter_context(world_of(layout_of(config.model), device, cp=cp, seed=seed))
+        place = stack.enter_context(
+            world_of(layout_of(config.model), device, cp=cp, seed=seed, resumes=True)
+        )
         stop = stack.enter_context(Stop(config.train, place))
         train, valid, files = datasets_of(config, registry)
         if config.checkpoint.save and dist.get_rank() == 0:
