@@ -25,6 +25,7 @@ import click
 
 from gptoss_convert.errors import ConvertError, PluginError, ResourceError, is_chosen
 from gptoss_convert.registry import Registry
+from gptoss_convert.sigterm import tell_sigterm
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,6 +79,8 @@ class Program(click.Group):
         """Run; outside of standalone mode errors are raised as they are."""
         if not standalone_mode:
             return super().main(args, prog_name, standalone_mode=False, **extra)
+        if _rank_of_several() is not None:
+            tell_sigterm()
         try:
             code = super().main(args, prog_name, standalone_mode=False, **extra)
             sys.exit(code if isinstance(code, int) else 0)
@@ -118,11 +121,20 @@ def _fail(error: Exception) -> NoReturn:
 
 def _let_rank_0_tell() -> None:
     """What is wrong for all processes of a launch, rank 0 says, and torchrun ends the others then."""
+    if _rank_of_several():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_RANK_0_FIRST)
+
+
+def _rank_of_several() -> int | None:
+    """This process's number, if it is one of several."""
     from gptoss_convert.crew import current_crew
 
-    with contextlib.suppress(ConvertError):
-        if current_crew().rank:
-            time.sleep(_RANK_0_FIRST)
+    with contextlib.suppress(ConvertError):  # whose time comes
+        crew = current_crew()
+        if crew.size > 1:
+            return crew.rank
+    return None
 
 
 def _is_of_memory(error: Exception) -> bool:

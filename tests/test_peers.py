@@ -91,7 +91,7 @@ def test_the_others_end_with_one_sentence(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        ("too few", "error: tp4 pp1 ep1 needs 4 processes, or a multiple of that, and there are 2"),
+        ("too few", "error: tp 4 needs 4 processes, or a multiple of that, and there are 2"),
         ("all fail", "error: all ranks say this"),
         ("fails", "error: one rank says this"),
         ("breaks", "error: internal error (ValueError('connected to nothing'))"),

@@ -7,6 +7,8 @@ import os
 import signal
 import socket
 
+from gptoss_convert.sigterm import end_by_sigterm
+
 _PATIENCE = 3  # beats after SIGTERM
 
 
@@ -18,7 +20,8 @@ class Termination:
 
     def __init__(self) -> None:
         self._waited: int | None = None
-        self._is_ours = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        self._handler = signal.getsignal(signal.SIGTERM)
+        self._is_ours = self._handler in (signal.SIG_DFL, end_by_sigterm)
         if not self._is_ours:
             return
         self._reader, writer = socket.socketpair()
@@ -32,31 +35,29 @@ class Termination:
         """What Python calls later."""
 
     def came(self) -> bool:
-        """Whether it did."""
+        """Whether it did, and nobody else deals with it: a training saves, and ends by itself."""
         if self._is_ours and self._waited is None:
             with contextlib.suppress(BlockingIOError):
-                if signal.SIGTERM in self._reader.recv(4096):
+                if signal.SIGTERM in self._reader.recv(4096) and self._has_handler():
                     self._waited = 0
-        return self._waited is not None
+        return self._waited is not None and self._has_handler()
 
     def look(self) -> None:
-        """End the process as SIGTERM does, if it came a while ago and nobody else deals with it.
-        To be called at every beat.
-        """
-        if not self.came() or self._waited is None:
-            return
-        if signal.getsignal(signal.SIGTERM) != self._nothing:
-            return  # a training saves, and ends by itself
-        self._waited += 1
-        if self._waited > _PATIENCE:
-            os._exit(128 + signal.SIGTERM)
+        """End the process, as SIGTERM does, if it came a while ago. To be called at every beat."""
+        if self.came():
+            self._waited = (self._waited or 0) + 1
+            if self._waited > _PATIENCE:
+                end_by_sigterm()
+
+    def _has_handler(self) -> bool:
+        return signal.getsignal(signal.SIGTERM) == self._nothing
 
     def close(self) -> None:
         """As it was."""
         if self._is_ours:
             signal.set_wakeup_fd(self._before)
-            if signal.getsignal(signal.SIGTERM) == self._nothing:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if self._has_handler():
+                signal.signal(signal.SIGTERM, self._handler)
             if self._waited is not None:
                 os.kill(os.getpid(), signal.SIGTERM)
             self._reader.close()
