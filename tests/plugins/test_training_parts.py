@@ -183,11 +183,11 @@ def test_a_blend_that_is_not_there(tmp_path: Any) -> None:
 TOLD_TWICE = """
 import signal
 import torch
-from gptoss_plugins.gpt_model.peers import _Termination
+from gptoss_plugins.gpt_model.termination import Termination
 from gptoss_plugins.train.config import TrainConfig
 from gptoss_plugins.train.run.stopping import Stop
 
-termination = _Termination()
+termination = Termination()
 with Stop(TrainConfig(exit_signal_handler=True), torch.device("cpu")):
     signal.raise_signal(signal.SIGTERM)
     termination.look()

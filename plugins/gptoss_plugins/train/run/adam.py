@@ -15,6 +15,7 @@ from megatron.core import optimizer as megatron
 from megatron.core.optimizer import distrib_optimizer as distributed
 
 from gptoss_kernels import adamw
+from gptoss_plugins.train.run import optimizer_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -28,8 +29,8 @@ class Adam(torch.optim.Optimizer):
     """What megatron-core's precision-aware distributed optimizer asks of its inner optimizer.
 
     Gradients are ``param.decoupled_grad``. States of a param: ``exp_avg``, ``exp_avg_sq`` and
-    ``master_param``: the remainder of a bfloat16 param, a float32 one itself. In checkpoints all
-    of them are float32, so how they are kept can change from run to run.
+    ``master_param``: the remainder of a bfloat16 param, a float32 one itself. In checkpoints the
+    latter is float32, and moments are as they are kept, which can change from run to run.
 
     Attributes:
         grad_scale: what gradients are multiplied with in the next step: to clip them costs no pass.
@@ -90,11 +91,17 @@ class Adam(torch.optim.Optimizer):
             grad_scale=self.grad_scale,
         )
 
-    def get_unscaled_state(self, param: Tensor, name: str) -> Tensor:
-        """A state as checkpoints have it: float32."""
-        found: Tensor = self.state[param][name]
+    def stored_dtype(self, param: Tensor, name: str) -> torch.dtype:
+        """Of a state in checkpoints: a master weight is whole there."""
+        return torch.float32 if name == "master_param" else self._dtypes[name]
+
+    def stored_state(self, param: Tensor, name: str, run: slice) -> Tensor:
+        """Some elements of a state as checkpoints have it."""
+        if not self.state[param]:
+            self.initialize_state(param)
+        found: Tensor = self.state[param][name].detach()[run]
         is_split = name == "master_param" and param.dtype == torch.bfloat16
-        return adamw.join(param.detach(), found) if is_split else found.float()
+        return adamw.join(param.detach()[run], found) if is_split else found
 
     @torch.no_grad()
     def set_scaled_state(self, param: Tensor, name: str, value: Tensor) -> None:
@@ -137,12 +144,25 @@ class PreciseConfig(megatron.OptimizerConfig):  # type: ignore[misc]  # megatron
 
 @contextlib.contextmanager
 def in_place_of_transformer_engines() -> Iterator[None]:
-    """Inside, megatron-core makes distributed optimizers of :class:`Adam`, saves and loads them."""
+    """Inside, megatron-core makes distributed optimizers of :class:`Adam`, saves and loads them as
+    :mod:`.optimizer_state` says.
+    """
     answers: dict[str, Any] = {
         "USING_PYTORCH_OPTIMIZER": False,
         "Adam": Adam,
         "is_te_min_version": lambda _: False,
     }
     inside: dict[str, Any] = {"Adam": Adam, "HAVE_APEX_OR_TE": True}
-    with mock.patch.multiple(megatron, **answers), mock.patch.multiple(distributed, **inside):
+    methods: dict[str, Any] = {
+        name: getattr(optimizer_state, name)
+        for name in (
+            "sharded_param_state_fully_reshardable",
+            "load_parameter_state_from_fully_reshardable",
+        )
+    }
+    with (
+        mock.patch.multiple(megatron, **answers),
+        mock.patch.multiple(distributed, **inside),
+        mock.patch.multiple(distributed.DistributedOptimizer, **methods),
+    ):
         yield

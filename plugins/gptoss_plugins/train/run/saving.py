@@ -27,6 +27,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
@@ -38,9 +39,10 @@ from gptoss_plugins.gpt_model.own_pickles import with_own_pickles
 from gptoss_plugins.megatron.folder import TRACKER, companion_place, folder_of, iteration_folder
 from gptoss_plugins.megatron.keys import ADAPTER
 from gptoss_plugins.train.run.failing import loading, saving
+from gptoss_plugins.train.run.optimizer_state import MAKERS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from gptoss_plugins.train.run.trainee import Trainee
@@ -70,8 +72,27 @@ class Progress:
     samples: int = 0
 
 
+class _Planner(MCoreSavePlanner):  # type: ignore[misc]  # megatron-core is untyped
+    """Makes what has no data yet when its turn has come."""
+
+    def __init__(self, makers: Mapping[Any, Callable[[], Tensor]]) -> None:
+        super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
+        self._makers = makers
+
+    def transform_object(self, write_item: Any, object: Any) -> Any:  # noqa: A002  # torch's name
+        """What to write."""
+        if isinstance(object, Tensor) and object.is_meta:
+            index = write_item.index
+            return self._makers[index.fqn, tuple(index.offset)]().view(object.shape)
+        return object
+
+
 class _PlainSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]  # megatron-core is untyped
     """megatron-core's own, without the CUDA calls and the helper processes."""
+
+    def __init__(self, makers: Mapping[Any, Callable[[], Tensor]]) -> None:
+        super().__init__("torch_dist", 1)
+        self._makers = makers
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
         """Write all tensors of this rank."""
@@ -83,7 +104,7 @@ class _PlainSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]  # megatro
             storage_writer=FileSystemWriter(
                 checkpoint_dir, thread_count=1, per_thread_copy_ahead=0
             ),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            planner=_Planner(self._makers),
         )
 
 
@@ -121,10 +142,11 @@ def save(
     try:
         with saving(half), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            makers: dict[Any, Callable[[], Tensor]] = {}
             dist_checkpointing.save(
-                _state(trainee, with_optimizer=with_optimizer),
+                _state(trainee, with_optimizer=with_optimizer, makers=makers),
                 str(half),
-                sharded_strategy=_strategy(shared=shared),
+                sharded_strategy=_strategy(makers, shared=shared),
                 content_metadata=_CONTENT,
             )
     except (OSError, ResourceError):
@@ -152,8 +174,8 @@ def save(
     return target
 
 
-def _strategy(*, shared: bool) -> Any:
-    plain = _PlainSave("torch_dist", 1)
+def _strategy(makers: Mapping[Any, Callable[[], Tensor]], *, shared: bool) -> Any:
+    plain = _PlainSave(makers)
     replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
     return FullyParallelSaveStrategyWrapper(plain, replicas) if shared else plain
 
@@ -280,9 +302,15 @@ def _load(folder: Path, wanted: dict[str, Any], trainee: Trainee) -> dict[str, A
     return loaded
 
 
-def _state(trainee: Trainee, *, with_optimizer: bool, loading: bool = False) -> dict[str, Any]:
+def _state(
+    trainee: Trainee,
+    *,
+    with_optimizer: bool,
+    loading: bool = False,
+    makers: dict[Any, Callable[[], Tensor]] | None = None,
+) -> dict[str, Any]:
     replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    metadata = {**_CONTENT, "dp_cp_group": replicas}
+    metadata = {**_CONTENT, "dp_cp_group": replicas, MAKERS: makers}
     state: dict[str, Any] = {
         f"model{number}": model.sharded_state_dict(metadata=metadata)
         for number, model in enumerate(trainee.live.models)
