@@ -244,7 +244,7 @@ def converted(
     _import_torch()
     crew = current_crew()
     show = not no_progress and crew.rank == 0
-    share = conversion.bytes_out // crew.size
+    share = sum(group.nbytes for group in crew.share(conversion.sink(target).groups))
     with reporting(conversion.plan.direction, share, show=show) as progress:
         return conversion.run(
             target,
