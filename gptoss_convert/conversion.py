@@ -113,11 +113,6 @@ class Conversion:
     reference: Path | None = None
     hints: TensorSource | None = None
 
-    @property
-    def bytes_out(self) -> int:
-        """Bytes of tensors that will be written, as often as they are, without framing."""
-        return sum(group.nbytes for group in self.sink(Path()).groups)
-
     def sink(self, folder: Path) -> TensorSink:
         """The sink that would write to ``folder``; touches no disk."""
         return self.target_format.create(folder, self.plan)

@@ -486,7 +486,6 @@ def test_what_cannot_go_on_says_so(
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
 def test_a_full_disk_is_one_sentence(data: Path, alone: dict[str, Any], tmp_path: Path) -> None:
     """Files may have 300 kB: torch's writer fails, whose exception is no Exception."""
     place = again(alone, tmp_path / "run")

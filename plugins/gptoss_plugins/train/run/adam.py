@@ -91,7 +91,7 @@ class Adam(torch.optim.Optimizer):
             grad_scale=self.grad_scale,
         )
 
-    def stored_dtype(self, param: Tensor, name: str) -> torch.dtype:
+    def stored_dtype(self, name: str) -> torch.dtype:
         """Of a state in checkpoints: a master weight is whole there."""
         return torch.float32 if name == "master_param" else self._dtypes[name]
 

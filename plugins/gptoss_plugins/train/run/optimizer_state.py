@@ -99,14 +99,14 @@ def load_parameter_state_from_fully_reshardable(
     """
     for number, param in _own(self):
         for name, stored in _STORED.items():
-            boxes = state_dict[number][stored]
+            loaded = state_dict[number][stored]
             target = _in_place(self.optimizer, param, name)
             if target is None:
-                flat = torch.cat([box.reshape(-1) for box in boxes])
+                flat = torch.cat([box.reshape(-1) for box in loaded])
                 self.optimizer.set_scaled_state(param, name, flat)
                 continue
             at = 0
-            for box in boxes:
+            for box in loaded:
                 run = target[at : at + box.numel()]
                 if run.data_ptr() != box.data_ptr():
                     run.copy_(box.reshape(-1))
@@ -180,7 +180,7 @@ def _boxes_of(
     part: _Part, prefix: str, name: str, optimizer: Adam
 ) -> Iterator[tuple[ShardedTensor, int]]:
     """Boxes of a state, without data, and where in this rank's run each begins."""
-    dtype = optimizer.stored_dtype(part.param, name)
+    dtype = optimizer.stored_dtype(name)
     nothing = torch.empty(part.shape, dtype=dtype, device="meta")
     stop = part.start + part.param.numel()
     for chunk in _chunks(part.whole, prefix, nothing):
