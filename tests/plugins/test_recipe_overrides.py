@@ -299,3 +299,12 @@ def test_fields_that_follow_another(tmp_path: Path) -> None:
     assert fields(place, cut) == (str(tmp_path), True)
     own = fields(place, "checkpoint.load=other", cut, "model.sequence_parallel=false")
     assert own == ("other", False)
+
+
+def test_the_last_of_two_words_holds_even_where_it_stands_twice() -> None:
+    from gptoss_convert.registry import default_registry
+    from gptoss_plugins.train.choosing import chosen
+
+    words = ("checkpoint.save=null", "checkpoint.save=a", "checkpoint.save=null")
+    config = chosen(default_registry().recipes(), "tiny_pretrain", None, words)
+    assert config.checkpoint.save is None

@@ -63,9 +63,9 @@ def _of_recipe(
     recipe = find(recipes, name, kind)
     known = inspect.signature(recipe.build).parameters.values()
     takes = {one.name for one in known if one.kind is not one.VAR_KEYWORD}
-    pairs = {word: split(word) for word in words}
-    arguments = dict(pair for pair in pairs.values() if pair[0] in takes)
-    rest = [word for word, pair in pairs.items() if pair[0] not in takes]
+    pairs = [(word, split(word)) for word in words]
+    arguments = dict(pair for _, pair in pairs if pair[0] in takes)
+    rest = [word for word, (name, _) in pairs if name not in takes]
     return override(config_of(recipe, **arguments), rest)
 
 
