@@ -17,6 +17,7 @@ from gptoss_kernels.mxfp4.views import chunks, four_dims
 
 Compare = Callable[[Tensor, Tensor, Tensor], tuple[int, float, float, float, int]]
 _CHUNK = {"cpu": 1 << 13, "cuda": 1 << 22}  # blocks at a time; on the CPU results stay in the cache
+_IN_ONE_PASS = 1 << 16  # where there are none, and what is compared is not copied
 
 
 class MXFP4Loss(NamedTuple):
@@ -62,7 +63,9 @@ def loss(tensor: Tensor, blocks: Tensor, scales: Tensor) -> MXFP4Loss:
         table.decode(blocks[part][None], scales[part][None], back.view(1, -1, 1, view.shape[3]))
         return _compare(contiguous(rows).view(-1, BLOCK), back.view(-1, BLOCK))
 
-    found = zip(*spread(work, list(chunks(view, _CHUNK[view.device.type]))), strict=True)
+    in_place = in_one_pass and view.stride(-1) == 1
+    most = _IN_ONE_PASS if in_place else _CHUNK[view.device.type]
+    found = zip(*spread(work, list(chunks(view, most))), strict=True)
     kept, largest, squares, power, nonfinite = found
     count = scales.numel()
     sums = sum(squares), sum(power)

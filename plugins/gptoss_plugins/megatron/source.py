@@ -41,7 +41,7 @@ from gptoss_plugins.megatron.keys import (
     is_weight,
     parameter,
 )
-from gptoss_plugins.megatron.torchzip import read_item, view
+from gptoss_plugins.megatron.torchzip import Item, read_item, view
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -219,17 +219,19 @@ class TorchDistSource:
                 f"{self.iteration}: the chunks of {key} do not cover it exactly; write it again"
             )
         if len(parts) == 1:
-            return self._read_common(key, *parts[0], scratch)
+            ((chunk, common),) = parts
+            return _read_common(self._stored(key, chunk), chunk, common, scratch)
         whole = (
             scratch.take(math.prod(box[1]) * itemsize(tensor.spec.dtype)).view(dtype).view(box[1])
         )
         mark = scratch.mark()
         for chunk, part in parts:
+            stored = self._stored(key, chunk)
             for common in _runs(part, itemsize(tensor.spec.dtype)):
                 target = whole
                 for axis, (start, size) in enumerate(zip(*common, strict=True)):
                     target = target.narrow(axis, start - box[0][axis], size)
-                copy(target, self._read_common(key, chunk, common, scratch))
+                copy(target, _read_common(stored, chunk, common, scratch))
                 scratch.release(mark)
         return whole
 
@@ -238,10 +240,8 @@ class TorchDistSource:
             self._indexes[key] = _Index(self.contents.tensors[key].chunks)
         return self._indexes[key]
 
-    def _read_common(
-        self, key: str, chunk: metadata.StoredChunk, common: Box, scratch: Scratch
-    ) -> Tensor:
-        """The part ``common`` of a chunk: from the first to the last byte it needs, then a view."""
+    def _stored(self, key: str, chunk: metadata.StoredChunk) -> tuple[BlockReader, Item]:
+        """The file that a chunk is in, and what is there."""
         reader = self._reader(chunk.at.file)
         item = read_item(reader, chunk.at.offset, chunk.at.length)
         spec = self.contents.tensors[key].spec
@@ -250,8 +250,7 @@ class TorchDistSource:
                 f"{reader.path}: holds {item.dtype} {list(item.shape)} where {METADATA} places "
                 f"{spec.dtype} {list(chunk.sizes)} of {key}; fetch the checkpoint again"
             )
-        inner = [c - o for c, o in zip(common[0], chunk.offsets, strict=True)]
-        return view(reader, item, inner, common[1], scratch)
+        return reader, item
 
     def _reader(self, file: str) -> BlockReader:
         with self._opening:
@@ -297,6 +296,14 @@ def _overlaps(
         ]
         if all(h > lo for h, lo in zip(high, low, strict=True)):
             yield chunk, (tuple(low), tuple(h - lo for h, lo in zip(high, low, strict=True)))
+
+
+def _read_common(
+    stored: tuple[BlockReader, Item], chunk: metadata.StoredChunk, common: Box, scratch: Scratch
+) -> Tensor:
+    """The part ``common`` of a chunk: from the first to the last byte it needs, then a view."""
+    inner = [c - o for c, o in zip(common[0], chunk.offsets, strict=True)]
+    return view(*stored, inner, common[1], scratch)
 
 
 def _runs(box: Box, width: int) -> Iterator[Box]:
