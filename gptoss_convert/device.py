@@ -30,6 +30,8 @@ _LOCAL_RANKS = (
 class Device:
     """The CPU."""
 
+    name = "cpu"
+
     def memory(self) -> scratch.Scratch:
         """Reused memory for what is computed."""
         return scratch.Scratch()
@@ -55,6 +57,8 @@ class Cuda(Device):
         place: which.
 
     """
+
+    name = "cuda"
 
     def __init__(self, place: torch.device) -> None:
         self._place = place

@@ -48,6 +48,7 @@ def bind(codec: Codec, options: Mapping[str, str]) -> Codec:
         decode=partial(codec.decode, **options),
         decode_contiguous=bound(codec.decode_contiguous),
         encode=bound(codec.encode),
+        load=bound(codec.load),
     )
 
 

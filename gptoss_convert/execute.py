@@ -190,6 +190,7 @@ class Executor:
             else:
                 todo.append(group)
         with (
+            _loading(todo, self._device),
             torch_threads(budget.workers),
             ThreadPoolExecutor(budget.workers, "convert") as pool,
         ):
@@ -329,6 +330,19 @@ class Executor:
             for finding in validator.check(self._plan, name, rows, tensor):
                 if finding.severity == "error":
                     raise MismatchError(f"{finding.where}: {finding.what}; {finding.remedy}")
+
+
+@contextlib.contextmanager
+def _loading(groups: Sequence[Group], device: Device) -> Iterator[None]:
+    """Meanwhile let codecs load what takes long: what comes first in a model is in no codec's form."""
+    steps = [step for group in groups for step in group.steps]
+    used = {id(o.codec): (o.codec, True) for step in steps for o in step.outputs}
+    used |= {id(i.codec): (i.codec, False) for step in steps for i in step.inputs}
+    with ThreadPoolExecutor(1, "load") as pool:
+        for codec, encodes in used.values():
+            if codec and codec.load:
+                pool.submit(codec.load, device.name, encodes=encodes)
+        yield
 
 
 def _part(tensor: Tensor, output: Output, piece: Piece) -> Tensor:

@@ -164,6 +164,9 @@ class Codec:
             decoded and compared element by element.
         settle: called with ``cpu`` or ``cuda``, where it works, and all options; those among them
             that leave it a choice (``auto``), with what it chooses there, for the report.
+        load: called with ``cpu`` or ``cuda``, ``encodes=`` (or it will decode) and the options that
+            are set, in a thread of its own while the first tensors are read: imports and compiles
+            what takes long. What it raises is not told; the first use will say.
         spoiled: parts -> what of them decodes to infinity or NaN, or None if nothing does, which
             has to be cheap to see. The user is told, and the bytes are kept beside what ``hints``
             keeps. Then ``encode`` may get ``originals=``, called for the first part as it was
@@ -187,6 +190,7 @@ class Codec:
     decode_contiguous: Callable[..., Tensor] | None = None
     measure: Callable[[Tensor, Sequence[Tensor]], Loss] | None = None
     settle: Callable[..., Mapping[str, str]] | None = None
+    load: Callable[..., None] | None = None
     spoiled: Callable[[Sequence[Tensor]], Spoiled | None] | None = None
 
     @property

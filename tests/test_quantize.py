@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from gptoss_convert import execute
 from gptoss_convert.convert import export_checkpoint, import_checkpoint
 from gptoss_convert.errors import CheckpointError
 from gptoss_convert.manifest import MANIFEST
+from gptoss_convert.opening import Choice
 from gptoss_convert.recode import prepare_dequantize, prepare_quantize
 from gptoss_convert.testing import write_hf_folder
 from gptoss_plugins.huggingface import sink
@@ -1027,6 +1029,27 @@ def test_python_interface(
     again = prepare_quantize(tmp_path / "full", "mxfp4", scales_from=sources["oblong"])
     assert again.run(tmp_path / "back").losses.keys() == result.losses.keys()
     assert_same_tensors(tmp_path / "back", sources["oblong"])
+
+
+def test_a_codec_loads_beside_the_first_tensors(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, with its options, and what goes wrong there is left to the first use."""
+    asked = []
+
+    def load(*words: object, **options: object) -> None:
+        asked.append((words, options, threading.current_thread().name))
+        raise OSError("not now")
+
+    monkeypatch.setattr("gptoss_plugins.mxfp4.load", load)
+    choice = Choice(options={"rule": "floor"})
+    prepare_dequantize(sources["oblong"]).run(tmp_path / "full")
+    prepare_quantize(tmp_path / "full", "mxfp4", choice=choice).run(tmp_path / "back")
+    (_, decoding, thread), (words, encoding, _) = asked
+    assert thread.startswith("load")
+    assert words == ("cpu",)
+    assert decoding == {"encodes": False}
+    assert encoding == {"encodes": True, "rule": "floor"}
 
 
 # ---- killed

@@ -83,6 +83,21 @@ def settle(device: str, backend: str = AUTO, **_: str) -> Mapping[str, str]:
     return {"backend": mxfp4.chosen(_device(backend, torch.device(device)), backend).name}
 
 
+def load(device: str, *, encodes: bool, backend: str = AUTO, **_: str) -> None:
+    """Import a backend; numba's kernels come from the disk, or are compiled, when they are first used."""
+    import torch
+
+    from gptoss_kernels import mxfp4
+
+    chosen = mxfp4.chosen(_device(backend, torch.device(device)), backend)
+    chosen.load()
+    if chosen.name != "numba":
+        return
+    tensor = torch.zeros(1, BLOCK, 1, dtype=torch.bfloat16)
+    made = encode(tensor, backend=backend)
+    measure(tensor, made) if encodes else decode(made, backend=backend)
+
+
 def decode(
     parts: Sequence[Tensor], out: Tensor | None = None, backend: str = AUTO, **_: str
 ) -> Tensor:
@@ -221,5 +236,6 @@ def gptoss_convert_codecs() -> Iterator[Codec]:
         decode_contiguous=decode_contiguous,
         measure=measure,
         settle=settle,
+        load=load,
         spoiled=spoiled,
     )
