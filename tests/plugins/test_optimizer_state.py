@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,6 +40,20 @@ def test_boxes_are_the_run(shape: list[int], data: st.DataObject) -> None:
     wanted[start:stop] = run
     assert at == stop - start
     assert torch.equal(found.flatten(), wanted)
+
+
+@pytest.mark.parametrize(
+    ("key", "holds"),
+    [("decoder.final_layernorm.weight", "one of shape"), ("optimizer.state.param.a", "none")],
+)
+def test_master_weights_of_another_model(imported: Path, key: str, holds: str) -> None:
+    from gptoss_convert.errors import CheckpointError
+    from gptoss_plugins.train.run.optimizer_state import Later, read_later
+
+    box = SimpleNamespace(key=key, global_shape=(5, 7))
+    later = Later(box, None, None, 0)  # type: ignore[arg-type]  # nothing of it is reached
+    with pytest.raises(CheckpointError, match=rf"{key} is due with shape \[5, 7\], .* {holds}"):
+        read_later(imported, [later])
 
 
 @pytest.mark.distributed

@@ -207,10 +207,11 @@ class TorchDistSource:
             box = (tuple(0 for _ in shape), shape)
         if layer is not None:
             box = ((layer, *box[0]), (1, *box[1]))
-        found = self._read_box(key, box, scratch or Scratch())
+        found = self.read_box(key, box, scratch or Scratch())
         return found[0] if layer is not None else found
 
-    def _read_box(self, key: str, box: Box, scratch: Scratch) -> Tensor:
+    def read_box(self, key: str, box: Box, scratch: Scratch) -> Tensor:
+        """A box of what is stored under a key: offsets and sizes along all of its axes."""
         tensor = self.contents.tensors[key]
         dtype = torch_dtype(tensor.spec.dtype)
         parts = list(_overlaps(self._index(key).candidates(box), box))
@@ -227,7 +228,7 @@ class TorchDistSource:
         mark = scratch.mark()
         for chunk, part in parts:
             stored = self._stored(key, chunk)
-            for common in _runs(part, itemsize(tensor.spec.dtype)):
+            for common in runs(part, itemsize(tensor.spec.dtype)):
                 target = whole
                 for axis, (start, size) in enumerate(zip(*common, strict=True)):
                     target = target.narrow(axis, start - box[0][axis], size)
@@ -306,7 +307,7 @@ def _read_common(
     return view(*stored, inner, common[1], scratch)
 
 
-def _runs(box: Box, width: int) -> Iterator[Box]:
+def runs(box: Box, width: int) -> Iterator[Box]:
     """The box cut along its first axis that has a length, into runs of at most ``_COPIED`` bytes."""
     offsets, sizes = box
     axis = next((a for a, size in enumerate(sizes) if size > 1), None)

@@ -110,12 +110,18 @@ class Adam(torch.optim.Optimizer):
             self.initialize_state(param)
         if name in _MOMENTS:
             self.state[param][name].copy_(value)
-        elif name == "master_param" and param.dtype == torch.bfloat16:
-            half, remainder = adamw.split(value.to(param.device, torch.float32))
-            param.copy_(half)
-            self.state[param][name].copy_(remainder)
         elif name == "master_param":
-            param.copy_(value)
+            self.set_master(param, slice(None), value)
+
+    @torch.no_grad()
+    def set_master(self, param: Tensor, run: slice, value: Tensor) -> None:
+        """Some elements of a master weight, and of the param with it."""
+        if param.dtype == torch.bfloat16:
+            half, remainder = adamw.split(value.to(param.device, torch.float32))
+            param[run].copy_(half)
+            self.state[param]["master_param"][run].copy_(remainder)
+        else:
+            param[run].copy_(value)
 
     @torch.no_grad()
     def forget_masters(self) -> None:

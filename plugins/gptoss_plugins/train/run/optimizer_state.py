@@ -4,7 +4,9 @@ megatron-core gathers the whole state in float32 on the CPU of every data-parall
 and asks for as much when it reads: 31 bytes per parameter were seen, 330 GB for half of 20B. A rank's
 part of a parameter is a run of its elements, though, and a run can be cut into boxes, which are what a
 ``torch_dist`` checkpoint is made of. So each rank writes the boxes that it holds, one after the other,
-and moments are read to where they belong. Names and shapes of tensors are megatron-core's own.
+and moments are read to where they belong. Master weights that are kept in two halves are in no place
+that megatron-core could read to: they are read behind it, piece by piece. Names and shapes of tensors
+are megatron-core's own.
 """
 
 from __future__ import annotations
@@ -19,8 +21,13 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
+from gptoss_convert.errors import CheckpointError
+from gptoss_convert.scratch import Scratch
+from gptoss_plugins.megatron.source import TorchDistSource, runs
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from pathlib import Path
 
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
     from torch import Tensor
@@ -28,11 +35,29 @@ if TYPE_CHECKING:
     from gptoss_plugins.train.run.adam import Adam
 
 MAKERS = "gptoss_makers"  # in the metadata: (key, offset) -> makes what is to be written there
+LATER = "gptoss_later"  # likewise: what is to be read by read_later
 _STORED = {
     "exp_avg": "exp_avg",
     "exp_avg_sq": "exp_avg_sq",
     "master_param": "param",
 }  # ours: theirs
+
+
+class Later(NamedTuple):
+    """A box of a master weight in two halves, which is not read with the rest.
+
+    Attributes:
+        box: how the checkpoint holds it.
+        optimizer: whose it is.
+        param: the optimizer's own.
+        first: where in the param's elements the box begins.
+
+    """
+
+    box: ShardedTensor
+    optimizer: Adam
+    param: Tensor
+    first: int
 
 
 class _Part(NamedTuple):
@@ -63,7 +88,8 @@ def sharded_param_state_fully_reshardable(
         self: it, with an optimizer of :class:`Adam` inside.
         model_sharded_state_dict: of the model's own parameters.
         is_loading: whether the tensors are to be read into; to be written otherwise.
-        metadata: gets under :data:`MAKERS` how to make what is written.
+        metadata: gets under :data:`MAKERS` how to make what is written, and under :data:`LATER` what
+            ``read_later`` is to read.
 
     Returns:
         By the number of the parameter and the name of the state, its boxes in the order of elements.
@@ -74,10 +100,13 @@ def sharded_param_state_fully_reshardable(
     for part in _parts(self, model_sharded_state_dict):
         states = found[part.number] = {}
         for name, stored in _STORED.items():
-            target = _target(self.optimizer, part.param, name) if is_loading else None
+            target = _in_place(self.optimizer, part.param, name) if is_loading else None
             states[stored] = []
             for box, first in _boxes_of(part, f"optimizer.state.{stored}.", name, self.optimizer):
                 run = slice(first, first + box.data.numel())
+                if is_loading and target is None:
+                    metadata[LATER].append(Later(box, self.optimizer, part.param, first))
+                    continue
                 if target is not None:
                     box.data = target[run].view(box.data.shape)
                 else:
@@ -99,18 +128,43 @@ def load_parameter_state_from_fully_reshardable(
     """
     for number, param in _own(self):
         for name, stored in _STORED.items():
-            loaded = state_dict[number][stored]
             target = _in_place(self.optimizer, param, name)
             if target is None:
-                flat = torch.cat([box.reshape(-1) for box in loaded])
-                self.optimizer.set_scaled_state(param, name, flat)
                 continue
             at = 0
-            for box in loaded:
+            for box in state_dict[number][stored]:
                 run = target[at : at + box.numel()]
                 if run.data_ptr() != box.data_ptr():
                     run.copy_(box.reshape(-1))
                 at += box.numel()
+
+
+def read_later(folder: Path, later: Iterable[Later]) -> None:
+    """Read master weights, no more than a few megabytes at a time.
+
+    Args:
+        folder: of the checkpoint.
+        later: what is here of each.
+
+    Raises:
+        CheckpointError: they are not there, or are another model's.
+
+    """
+    source, scratch = TorchDistSource(folder), Scratch()
+    for box, optimizer, param, first in later:
+        found = source.contents.tensors.get(box.key)
+        if found is None or found.spec.shape != tuple(box.global_shape):
+            holds = "none" if found is None else f"one of shape {list(found.spec.shape)}"
+            raise CheckpointError(
+                f"{folder}: {box.key} is due with shape {list(box.global_shape)}, and it holds {holds}; "
+                f"use another checkpoint, or say checkpoint.load_optim=false"
+            )
+        at = first
+        for part in runs((tuple(box.global_offset), tuple(box.local_shape)), width=4):
+            scratch.reset()
+            value = source.read_box(box.key, part, scratch).reshape(-1)
+            optimizer.set_master(param, slice(at, at + value.numel()), value)
+            at += value.numel()
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], ...]]:
@@ -224,13 +278,8 @@ def _maker(optimizer: Adam, param: Tensor, name: str, run: slice) -> Callable[[]
     return lambda: optimizer.stored_state(param, name, run)
 
 
-def _target(optimizer: Adam, param: Tensor, name: str) -> Tensor:
-    """What to read a state into: the state itself, where the checkpoint has it as it is here."""
-    found = _in_place(optimizer, param, name)
-    return torch.empty(param.numel(), dtype=torch.float32) if found is None else found
-
-
 def _in_place(optimizer: Adam, param: Tensor, name: str) -> Tensor | None:
+    """What to read a state into: itself, where the checkpoint has it as it is here."""
     if name == "master_param" and param.dtype == torch.bfloat16:
         return None  # it is in two halves
     found: Tensor = optimizer.state[param][name]

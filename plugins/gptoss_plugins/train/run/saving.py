@@ -39,7 +39,7 @@ from gptoss_plugins.gpt_model.own_pickles import with_own_pickles
 from gptoss_plugins.megatron.folder import TRACKER, companion_place, folder_of, iteration_folder
 from gptoss_plugins.megatron.keys import ADAPTER
 from gptoss_plugins.train.run.failing import loading, saving
-from gptoss_plugins.train.run.optimizer_state import MAKERS
+from gptoss_plugins.train.run.optimizer_state import LATER, MAKERS, Later, read_later
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -235,7 +235,8 @@ def resume(folder: Path, trainee: Trainee, *, with_optimizer: bool) -> Progress:
         raise CheckpointError(f"{folder / STATE}: is damaged ({error}); use another one") from None
     if with_optimizer:
         _require_state(folder, kind, trainee)
-    wanted = _state(trainee, with_optimizer=with_optimizer, loading=True)
+    later: list[Later] = []
+    wanted = _state(trainee, with_optimizer=with_optimizer, loading=True, later=later)
     _only_tensors(wanted)
     loaded = _load(folder, wanted, trainee)
     if with_optimizer:
@@ -243,6 +244,7 @@ def resume(folder: Path, trainee: Trainee, *, with_optimizer: bool) -> Progress:
         _set_step(state, progress.step)
         with trainee.optimizers():
             trainee.optimizer.load_state_dict(state)
+        read_later(folder, later)
     else:
         trainee.take_masters()
     trainee.scheduler.step(increment=steps)
@@ -308,9 +310,10 @@ def _state(
     with_optimizer: bool,
     loading: bool = False,
     makers: dict[Any, Callable[[], Tensor]] | None = None,
+    later: list[Later] | None = None,
 ) -> dict[str, Any]:
     replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    metadata = {**_CONTENT, "dp_cp_group": replicas, MAKERS: makers}
+    metadata = {**_CONTENT, "dp_cp_group": replicas, MAKERS: makers, LATER: later}
     state: dict[str, Any] = {
         f"model{number}": model.sharded_state_dict(metadata=metadata)
         for number, model in enumerate(trainee.live.models)
