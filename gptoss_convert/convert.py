@@ -304,7 +304,8 @@ def _check_target(
         raise UsageError(
             f"--dialect {target.dialect}: format {format_.name} has none of that name; {choices}"
         )
-    for parameter in known.values():
+    # what is padded to the layout, and never refused, comes last: it would first be cut a million times
+    for parameter in sorted(known.values(), key=lambda one: one.padded):
         pieces(parameter, target.layout, registry.resharders())
 
 

@@ -96,6 +96,13 @@ def _misfit(layout: Layout, layers: int, ends: list[int]) -> str:
     given = [f"{f} {n}" for f, n in ((FIRST, layout.first), (LAST, layout.last)) if n is not None]
     if rest < 0:
         return f"{' and '.join(given)}: the model has {layers} layers; {_advice(layout, layers)}"
+    if min(ends) < 1:
+        return f"{' and '.join(given)}: this stage would be empty; {_advice(layout, layers)}"
+    if others == 0:
+        return (
+            f"{' and '.join(given)}: no stage of --pp {layout.pp} is left for the other {rest} of "
+            f"{layers} layers; {_advice(layout, layers)}"
+        )
     return (
         f"{' and '.join(given)}: {rest} of {layers} layers are left to {others} other stages, "
         f"which does not divide{f' with --vpp {layout.vpp}' if layout.vpp > 1 else ''}; "
@@ -130,9 +137,10 @@ def must_divide(what: str, count: int, whole: int, of: str, per: int = 1) -> Non
     """
     if count > 0 and whole % count == 0:
         return
-    fits = [n for n in range(1, whole // per + 1) if whole % (n * per) == 0]
+    least = 1 if per == 1 else 2  # several chunks on one stage are no pipeline
+    fits = [n for n in range(least, whole // per + 1) if whole % (n * per) == 0]
     if not fits:
-        raise UsageError(f"{what} does not divide the {whole} {of}; leave it out")
+        raise UsageError(f"{what} does not divide the {whole} {of}; leave {what.split()[-2]} out")
     option = f"{what.split()[0]} " if per > 1 else ""
     nearest = f"the nearest that works is {option}{_nearest(fits, count // per)}"
     raise UsageError(f"{what} does not divide the {whole} {of}; {nearest}")

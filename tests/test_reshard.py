@@ -145,3 +145,12 @@ def test_overwrite_replaces_its_own_kind(
     assert done.returncode == 1
     assert "is not empty" in done.stderr
     assert tree(hf) == before
+
+
+def test_no_piece_is_made_of_a_layout_that_does_not_divide(imported: Path, invoke: Any) -> None:
+    """The embedding, which is padded to whatever it is, would be cut into these first."""
+    command = ["reshard", "--megatron-path", imported, "--output", imported.parent / "never"]
+    for format_ in ("torch_dist", "torch"):
+        done = invoke(*command, "--tp", 10**15, "--format", format_)
+        assert done.returncode == 2
+        assert f"--tp {10**15} does not divide the 2 key-value groups" in done.stderr

@@ -486,6 +486,32 @@ def test_what_cannot_go_on_says_so(
     assert "Traceback" not in done.stderr
 
 
+def test_goes_on_from_what_reshard_wrote(
+    data: Path, alone: dict[str, Any], tmp_path: Path, invoke: Run
+) -> None:
+    """With the optimizer's state, and what says how far it came."""
+    target = tmp_path / "resharded"
+    done = invoke("reshard", "--megatron-path", alone["save"], "--output", target, "--tp", 2)
+    assert done.returncode == 0, done.stderr
+    more = [f"train.train_iters={STEPS + 1}", "checkpoint.save=null", "--json"]
+    found = [invoke(*words(data, f"checkpoint.load={p}", *more)) for p in (alone["save"], target)]
+    own, other = (json.loads(one.stdout)["lines"] for one in found)
+    assert own[0]["step"] == other[0]["step"] == STEPS
+    (loss,) = (line["loss"] for line in own if "loss" in line)
+    assert [line["loss"] for line in other if "loss" in line] == [loss]
+
+
+def test_a_file_that_was_cut_is_named(
+    data: Path, alone: dict[str, Any], tmp_path: Path, invoke: Run
+) -> None:
+    place = again(alone, tmp_path / "run")
+    cut = max(place.glob("iter_*/*.distcp"), key=lambda path: path.stat().st_size)
+    os.truncate(cut, cut.stat().st_size // 2)
+    done = invoke(*words(data, f"checkpoint.load={place}", "checkpoint.save=null"))
+    assert done.returncode == 1
+    assert f"{cut.name}: is cut short" in done.stderr
+
+
 def test_a_full_disk_is_one_sentence(data: Path, alone: dict[str, Any], tmp_path: Path) -> None:
     """Files may have 300 kB: torch's writer fails, whose exception is no Exception."""
     place = again(alone, tmp_path / "run")

@@ -93,9 +93,12 @@ def test_refused_stages(pp: int, vpp: int, layers: int) -> None:
         fits = [n for n in range(1, layers + 1) if layers % n == 0]
         assert nearest == min(fits, key=lambda n: (abs(n - vpp), n))
     else:
-        fits = [n for n in range(1, layers + 1) if layers % (n * vpp) == 0]
+        fits = [n for n in range(2 if vpp > 1 else 1, layers + 1) if layers % (n * vpp) == 0]
         assert f"--pp {pp}" in sentence
-        assert advised(sentence) == min(fits, key=lambda n: (abs(n - pp), n))
+        if fits:
+            assert advised(sentence) == min(fits, key=lambda n: (abs(n - pp), n))
+        else:
+            assert sentence.endswith("; leave --vpp out")
 
 
 @settings(max_examples=300, deadline=None)
@@ -165,9 +168,17 @@ def spreads(layers: int, pp: int, vpp: int, first: int | None, last: int | None)
         (
             Layout(pp=2, first=9, last=9),
             (
-                f"{FIRST} 9 and {LAST} 9: 6 of 24 layers are left to 0 other stages, which does not "
-                f"divide; the nearest that works is {FIRST} 15"
+                f"{FIRST} 9 and {LAST} 9: no stage of --pp 2 is left for the other 6 of 24 layers; the "
+                f"nearest that works is {FIRST} 15"
             ),
+        ),
+        (
+            Layout(pp=3, first=0),
+            f"{FIRST} 0: this stage would be empty; the nearest that works is {FIRST} 2",
+        ),
+        (
+            Layout(tp=10**15),
+            f"--tp {10**15} does not divide the 8 key-value groups; the nearest that works is 8",
         ),
         (
             Layout(pp=3, stages=(6, 7, 12)),

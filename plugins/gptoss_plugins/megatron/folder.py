@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 TRACKER = "latest_checkpointed_iteration.txt"
 TRAIN_STATE = "train_state.pt"
 LATEST_TRAIN_STATE = "latest_train_state.pt"
+RUN_STATE = "gptoss_train_state.json"  # what `train` goes on by
 METADATA = ".metadata"
 MARK = "metadata.json"  # megatron-core takes a folder for a checkpoint if this is there
 COMMON = "common.pt"
@@ -96,7 +97,9 @@ def require_own_files(folder: Path, iteration: Path) -> None:
         CheckpointError: naming the first.
 
     """
-    small = [iteration / name for name in (METADATA, MARK, COMMON, RUN_CONFIG, TRAIN_STATE)]
+    small = [
+        iteration / name for name in (METADATA, MARK, COMMON, RUN_CONFIG, TRAIN_STATE, RUN_STATE)
+    ]
     ranks = iteration.glob("mp_rank_*/*.pt")
     carried = companions(iteration).values()
     require_inside(

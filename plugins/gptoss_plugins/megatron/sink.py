@@ -135,6 +135,8 @@ class TorchDistSink:
         self._write(names.RUN_CONFIG, sidecars.run_config(plan))
         train_state = self._write(names.TRAIN_STATE, sidecars.train_state())
         self._write(names.COMMON, sidecars.torch_bytes(common))
+        if self._state and (progress := self._state.sidecar(names.RUN_STATE)):
+            write_file(folder / names.RUN_STATE, progress)
         write_file(folder / names.METADATA, metadata.dump(self._contents()))
         write_file(folder / names.MARK, sidecars.metadata_json())
         if train_state:

@@ -36,8 +36,15 @@ from gptoss_convert.errors import CheckpointError, ResourceError
 from gptoss_convert.untrusted import read_small
 from gptoss_plugins.gpt_model.load import require_whole
 from gptoss_plugins.gpt_model.own_pickles import with_own_pickles
-from gptoss_plugins.megatron.folder import TRACKER, companion_place, folder_of, iteration_folder
+from gptoss_plugins.megatron.folder import (
+    RUN_STATE,
+    TRACKER,
+    companion_place,
+    folder_of,
+    iteration_folder,
+)
 from gptoss_plugins.megatron.keys import ADAPTER
+from gptoss_plugins.megatron.source import TorchDistSource
 from gptoss_plugins.train.run.failing import loading, saving
 from gptoss_plugins.train.run.optimizer_state import LATER, MAKERS, Later, read_later
 
@@ -47,7 +54,6 @@ if TYPE_CHECKING:
 
     from gptoss_plugins.train.run.trainee import Trainee
 
-STATE = "gptoss_train_state.json"
 _MOST_STATE = 1 << 20  # bytes
 _NAME = re.compile(r"iter_\d{7,}")
 # As Megatron-LM has it: the optimizer's state under the weights' own names, for any layout to load.
@@ -162,7 +168,7 @@ def save(
         kind = trainee.optimizer_kind if with_optimizer else None
         steps = trainee.scheduler.num_steps
         state = {**asdict(progress), "scheduler": steps, "optimizer": kind}
-        write_note(half / STATE, json.dumps(state).encode())
+        write_note(half / RUN_STATE, json.dumps(state).encode())
         if target.exists():  # of another run, and whole until this one is
             target.rename(old)
         half.rename(target)
@@ -182,7 +188,7 @@ def _strategy(makers: Mapping[Any, Callable[[], Tensor]], *, shared: bool) -> An
 
 def _remove_old(root: Path, newest: Path, keep: int) -> None:
     """Only what runs have saved: a folder of another name, or made by somebody else, is theirs."""
-    ours = (p for p in root.glob("iter_*") if _NAME.fullmatch(p.name) and (p / STATE).is_file())
+    ours = (p for p in root.glob("iter_*") if _NAME.fullmatch(p.name) and (p / RUN_STATE).is_file())
     found = sorted(p for p in ours if p <= newest)
     for path in found[:-keep] if keep > 0 else ():
         shutil.rmtree(path)
@@ -220,7 +226,7 @@ def resume(folder: Path, trainee: Trainee, *, with_optimizer: bool) -> Progress:
 
     """
     try:
-        found = json.loads(read_small(folder / STATE, _MOST_STATE))
+        found = json.loads(read_small(folder / RUN_STATE, _MOST_STATE))
         progress = Progress(int(found["step"]), int(found["samples"]))
         steps = int(found["scheduler"])
         if min(progress.step, progress.samples, steps) < 0:
@@ -228,11 +234,13 @@ def resume(folder: Path, trainee: Trainee, *, with_optimizer: bool) -> Progress:
         kind = found.get("optimizer", trainee.optimizer_kind)
     except FileNotFoundError:
         raise CheckpointError(
-            f"{folder}: has no {STATE}, so no run can go on from it; start from its weights with "
+            f"{folder}: has no {RUN_STATE}, so no run can go on from it; start from its weights with "
             f"checkpoint.pretrained_checkpoint"
         ) from None
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"{folder / STATE}: is damaged ({error}); use another one") from None
+        raise CheckpointError(
+            f"{folder / RUN_STATE}: is damaged ({error}); use another one"
+        ) from None
     if with_optimizer:
         _require_state(folder, kind, trainee)
     later: list[Later] = []
@@ -291,6 +299,7 @@ def _load(folder: Path, wanted: dict[str, Any], trainee: Trainee) -> dict[str, A
     with with_own_pickles(folder) as copy, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         shards = (wanted[f"model{number}"].values() for number in range(len(models)))
+        TorchDistSource(folder).check()
         require_whole([shard for found in shards for shard in found], copy, folder)
         with loading(folder):
             loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(copy))
