@@ -104,10 +104,11 @@ def _form(encoding: Mapping[str, str]) -> str:
 def print_result(result: Result, done: str | None = None) -> None:
     """One line for people, and what encoding cost; it begins with what was ``done``, or with the direction."""
     plan = result.plan
+    carried = " and the optimizer's state carried" if plan.target and plan.target.state else ""
     click.echo(
         f"{done or plan.direction.removesuffix('e') + 'ed'} {plan.family}: {plan.parameters:,} parameters, "
-        f"{human(plan.bytes_in)} read, {human(result.bytes_out)} written in {result.seconds:.1f} s "
-        f"to {result.target}"
+        f"{human(plan.bytes_in)} read, {human(result.bytes_out)} written{carried} in "
+        f"{result.seconds:.1f} s to {result.target}"
     )
     if result.losses:
         _print_losses(result)

@@ -493,6 +493,7 @@ def test_goes_on_from_what_reshard_wrote(
     target = tmp_path / "resharded"
     done = invoke("reshard", "--megatron-path", alone["save"], "--output", target, "--tp", 2)
     assert done.returncode == 0, done.stderr
+    assert "written and the optimizer's state carried in" in done.stdout
     more = [f"train.train_iters={STEPS + 1}", "checkpoint.save=null", "--json"]
     found = [invoke(*words(data, f"checkpoint.load={p}", *more)) for p in (alone["save"], target)]
     own, other = (json.loads(one.stdout)["lines"] for one in found)
