@@ -10,7 +10,8 @@ processes, as a user would:
 * ``roundtrip --tp 2 --pp 2``: all weights, and the logits beside transformers'
 * ``generate --tp 2 --pp 2 --ep 2 --etp 1``, in float32: its tokens are those of two processes
 * full fine-tuning, packed, from those weights, at (tp, pp, ep) = (2, 2, ranks / 2) and (1, 1, ranks):
-  the losses of the two; and a run that stops half way at the first layout goes on at the second
+  the losses of the two; and a run that stops half way at the first layout goes on at the second;
+  with two ranks at (1, 2, 1) and (1, 1, 2), and only this
 
 Prints a table of the training, beside the 5,851 tokens/s of each GPU that are published for
 pretraining 20B with the reference system on 16 H100 (Megatron-Bridge's documentation); the last line

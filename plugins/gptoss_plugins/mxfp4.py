@@ -93,9 +93,12 @@ def load(device: str, *, encodes: bool, backend: str = AUTO, **_: str) -> None:
     chosen.load()
     if chosen.name != "numba":
         return
-    tensor = torch.zeros(1, BLOCK, 1, dtype=torch.bfloat16)
-    made = encode(tensor, backend=backend)
-    measure(tensor, made) if encodes else decode(made, backend=backend)
+    if encodes:
+        tensor = torch.zeros(1, BLOCK, 1, dtype=torch.bfloat16)
+        measure(tensor, encode(tensor, backend=backend))
+    else:
+        shapes = (1, 1, 1, BYTES), (1, 1, 1)
+        decode([torch.zeros(shape, dtype=torch.uint8) for shape in shapes], backend=backend)
 
 
 def decode(

@@ -177,10 +177,6 @@ def spreads(layers: int, pp: int, vpp: int, first: int | None, last: int | None)
             f"{FIRST} 0: this stage would be empty; the nearest that works is {FIRST} 2",
         ),
         (
-            Layout(tp=10**15),
-            f"--tp {10**15} does not divide the 8 key-value groups; the nearest that works is 8",
-        ),
-        (
             Layout(pp=3, stages=(6, 7, 12)),
             (
                 "6+7+12 layers do not fill 3 pipeline stages with the model's 24; give 3 numbers with "

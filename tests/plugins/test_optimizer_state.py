@@ -48,12 +48,13 @@ def test_boxes_are_the_run(shape: list[int], data: st.DataObject) -> None:
 )
 def test_master_weights_of_another_model(imported: Path, key: str, holds: str) -> None:
     from gptoss_convert.errors import CheckpointError
+    from gptoss_plugins.megatron.source import TorchDistSource
     from gptoss_plugins.train.run.optimizer_state import Later, read_later
 
     box = SimpleNamespace(key=key, global_shape=(5, 7))
     later = Later(box, None, None, 0)  # type: ignore[arg-type]  # nothing of it is reached
     with pytest.raises(CheckpointError, match=rf"{key} is due with shape \[5, 7\], .* {holds}"):
-        read_later(imported, [later])
+        read_later(TorchDistSource(imported), [later])
 
 
 @pytest.mark.distributed

@@ -211,7 +211,17 @@ class TorchDistSource:
         return found[0] if layer is not None else found
 
     def read_box(self, key: str, box: Box, scratch: Scratch) -> Tensor:
-        """A box of what is stored under a key: offsets and sizes along all of its axes."""
+        """A box of what is stored under a key, in its dtype.
+
+        Args:
+            key: of the tensor.
+            box: offsets and sizes along all of its axes.
+            scratch: memory for it.
+
+        Raises:
+            CheckpointError: what is stored does not cover it, or is damaged.
+
+        """
         tensor = self.contents.tensors[key]
         dtype = torch_dtype(tensor.spec.dtype)
         parts = list(_overlaps(self._index(key).candidates(box), box))
@@ -307,15 +317,22 @@ def _read_common(
     return view(*stored, inner, common[1], scratch)
 
 
-def runs(box: Box, width: int) -> Iterator[Box]:
-    """The box cut along its first axis that has a length, into runs of at most ``_COPIED`` bytes."""
+def runs(box: Box, width: int, most: int = _COPIED) -> Iterator[Box]:
+    """The box cut along its first axis that has a length, into runs of about ``most`` bytes.
+
+    Args:
+        box: offsets and sizes.
+        width: bytes of an element.
+        most: bytes of a run; one step along the axis at least.
+
+    """
     offsets, sizes = box
     axis = next((a for a, size in enumerate(sizes) if size > 1), None)
     if axis is None:
         yield box
         return
     before, after = slice(0, axis), slice(axis + 1, None)
-    step = max(1, _COPIED // (width * math.prod(sizes[after])))
+    step = max(1, most // (width * math.prod(sizes[after])))
     for start in range(0, sizes[axis], step):
         count = min(step, sizes[axis] - start)
         yield (

@@ -131,7 +131,7 @@ class Adam(torch.optim.Optimizer):
                 state["master_param"].zero_()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Rates and the count of steps; tensors come by ``set_scaled_state``."""
+        """Rates and the count of steps; tensors are read in place, or come by ``set_master``."""
         for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({name: value for name, value in loaded.items() if name != "params"})
             for param in group["params"]:

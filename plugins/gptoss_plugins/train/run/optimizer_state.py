@@ -23,19 +23,20 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 
 from gptoss_convert.errors import CheckpointError
 from gptoss_convert.scratch import Scratch
-from gptoss_plugins.megatron.source import TorchDistSource, runs
+from gptoss_plugins.megatron.source import runs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
-    from pathlib import Path
 
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
     from torch import Tensor
 
+    from gptoss_plugins.megatron.source import TorchDistSource
     from gptoss_plugins.train.run.adam import Adam
 
 MAKERS = "gptoss_makers"  # in the metadata: (key, offset) -> makes what is to be written there
 LATER = "gptoss_later"  # likewise: what is to be read by read_later
+_PIECE = 32 << 20  # bytes of master weights that are read at a time
 _STORED = {
     "exp_avg": "exp_avg",
     "exp_avg_sq": "exp_avg_sq",
@@ -104,14 +105,14 @@ def sharded_param_state_fully_reshardable(
             states[stored] = []
             for box, first in _boxes_of(part, f"optimizer.state.{stored}.", name, self.optimizer):
                 run = slice(first, first + box.data.numel())
-                if is_loading and target is None:
-                    metadata[LATER].append(Later(box, self.optimizer, part.param, first))
-                    continue
-                if target is not None:
-                    box.data = target[run].view(box.data.shape)
-                else:
+                if not is_loading:
                     made = _maker(self.optimizer, part.param, name, run)
                     metadata[MAKERS][box.key, tuple(box.global_offset)] = made
+                elif target is None:
+                    metadata[LATER].append(Later(box, self.optimizer, part.param, first))
+                    continue
+                else:
+                    box.data = target[run].view(box.data.shape)
                 states[stored].append(box)
     return found
 
@@ -139,28 +140,28 @@ def load_parameter_state_from_fully_reshardable(
                 at += box.numel()
 
 
-def read_later(folder: Path, later: Iterable[Later]) -> None:
-    """Read master weights, no more than a few megabytes at a time.
+def read_later(source: TorchDistSource, later: Iterable[Later]) -> None:
+    """Read master weights, piece by piece.
 
     Args:
-        folder: of the checkpoint.
+        source: the checkpoint.
         later: what is here of each.
 
     Raises:
         CheckpointError: they are not there, or are another model's.
 
     """
-    source, scratch = TorchDistSource(folder), Scratch()
+    scratch = Scratch()
     for box, optimizer, param, first in later:
         found = source.contents.tensors.get(box.key)
         if found is None or found.spec.shape != tuple(box.global_shape):
             holds = "none" if found is None else f"one of shape {list(found.spec.shape)}"
             raise CheckpointError(
-                f"{folder}: {box.key} is due with shape {list(box.global_shape)}, and it holds {holds}; "
+                f"{source.iteration}: {box.key} is due with shape {list(box.global_shape)}, and it holds {holds}; "
                 f"use another checkpoint, or say checkpoint.load_optim=false"
             )
         at = first
-        for part in runs((tuple(box.global_offset), tuple(box.local_shape)), width=4):
+        for part in runs((tuple(box.global_offset), tuple(box.local_shape)), 4, _PIECE):
             scratch.reset()
             value = source.read_box(box.key, part, scratch).reshape(-1)
             optimizer.set_master(param, slice(at, at + value.numel()), value)

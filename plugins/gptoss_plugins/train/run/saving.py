@@ -244,15 +244,16 @@ def resume(folder: Path, trainee: Trainee, *, with_optimizer: bool) -> Progress:
     if with_optimizer:
         _require_state(folder, kind, trainee)
     later: list[Later] = []
-    wanted = _state(trainee, with_optimizer=with_optimizer, loading=True, later=later)
+    wanted = _state(trainee, with_optimizer=with_optimizer, later=later)
     _only_tensors(wanted)
-    loaded = _load(folder, wanted, trainee)
+    source = TorchDistSource(folder)
+    loaded = _load(source, wanted, trainee)
     if with_optimizer:
         state = _merged(wanted["optimizer"], loaded["optimizer"])
         _set_step(state, progress.step)
         with trainee.optimizers():
             trainee.optimizer.load_state_dict(state)
-        read_later(folder, later)
+        read_later(source, later)
     else:
         trainee.take_masters()
     trainee.scheduler.step(increment=steps)
@@ -289,17 +290,17 @@ def load_adapters(folder: Path, trainee: Trainee) -> None:
 
     """
     wanted = _state(trainee, with_optimizer=False)
-    _load(folder, wanted, trainee)
+    _load(TorchDistSource(folder), wanted, trainee)
     trainee.take_masters()
 
 
-def _load(folder: Path, wanted: dict[str, Any], trainee: Trainee) -> dict[str, Any]:
+def _load(source: TorchDistSource, wanted: dict[str, Any], trainee: Trainee) -> dict[str, Any]:
     """Read what is wanted of a checkpoint, and put weights or adapters where they belong."""
-    models = trainee.live.models
+    folder, models = source.iteration, trainee.live.models
+    source.check()
     with with_own_pickles(folder) as copy, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         shards = (wanted[f"model{number}"].values() for number in range(len(models)))
-        TorchDistSource(folder).check()
         require_whole([shard for found in shards for shard in found], copy, folder)
         with loading(folder):
             loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(copy))
@@ -317,7 +318,6 @@ def _state(
     trainee: Trainee,
     *,
     with_optimizer: bool,
-    loading: bool = False,
     makers: dict[Any, Callable[[], Tensor]] | None = None,
     later: list[Later] | None = None,
 ) -> dict[str, Any]:
@@ -334,7 +334,7 @@ def _state(
         models = state if len(trainee.live.models) > 1 else state["model0"]
         with trainee.optimizers():
             state["optimizer"] = trainee.optimizer.sharded_state_dict(
-                models, is_loading=loading, metadata=metadata
+                models, is_loading=later is not None, metadata=metadata
             )
     return state
 
